@@ -1,0 +1,35 @@
+# The environment lies in .venv. For a CUDA build of torch: change torch's line in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test test-slow lint types clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Quantize the bundled Llama, evaluate it beside the original, let it speak.
+demo: setup
+	$(BIN)/quantkit quantize llama --recipe fireq --overwrite
+	$(BIN)/quantkit eval llama-fireq --ppl sample
+	$(BIN)/quantkit generate llama-fireq "In the beginning" --max-new-tokens 32
+
+test: setup
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-slow: setup
+	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info llama-*

@@ -1,0 +1,86 @@
+"""Rotate, quantize on QuEST's half-integer grid, multiply by half-integer INT4 weights."""
+
+from __future__ import annotations
+
+import torch
+
+from . import int4_weight
+from .dispatch import Op
+from .hadamard import check as check_hadamard
+from .hadamard import hadamard
+from .quantize_half import GAUSSIAN_CLIP, quantize_half
+
+
+def _reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    bits: int = 8,
+    block: int = 128,
+) -> torch.Tensor:
+    """y [..., N] = step * ((n_x + 1/2) @ ((n_w + 1/2) * scale)^T) + bias in x's dtype.
+
+    (n_x, step) = quantize_half(hadamard(x, block), bits), with the rotated x in float32. The
+    weight was rotated the same way before it was quantized. QuEST (arXiv 2502.05003), section 3.
+
+    Args:
+        x: [..., K] bf16, fp16 or float32.
+        weight: int32 [N, K / 8] as stored, or uint8 [N, K / 2] from
+            `int4pack.repack(..., half=True)`.
+        scale: [N, G] for groups of K / G inputs ([N, 1]: per channel), or [G, N, 2].
+        bias: [N] or None.
+        bits: of the activations, 1 to 8.
+        block: of the rotation, a power of two that divides K.
+
+    Raises:
+        ValueError: the shapes do not fit together, or bits or block is out of range.
+    """
+    codes, step = quantize_half.reference(hadamard.reference(x.float(), block), bits)
+    dense = int4_weight.dequantize(weight, scale, torch.float32, half=True)
+    y = (codes.reshape(-1, x.shape[-1]).float() + 0.5) @ dense.t()
+    return int4_weight.finish(y, step, bias, (*x.shape[:-1], len(dense)), x.dtype)
+
+
+def _cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    bits: int = 8,
+    block: int = 128,
+) -> torch.Tensor:
+    codes, step = quantize_half(hadamard(x.float(), block), bits)
+    # n + 1/2 = (2n + 1) / 2 has at most eight significant bits: exact in bf16.
+    wide = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+    values = codes.reshape(-1, x.shape[-1]).to(wide) + 0.5
+    y = int4_weight.matmul(values, weight, scale, half=True)
+    return int4_weight.finish(y, step, bias, (*x.shape[:-1], len(weight)), x.dtype)
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    bits: int = 8,
+    block: int = 128,
+) -> None:
+    int4_weight.check(x, weight, scale, bias)
+    check_hadamard(x, block)
+    if bits not in GAUSSIAN_CLIP:
+        raise ValueError(f"bits must be 1 to 8, got {bits}")
+
+
+def _fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    bits: int = 8,
+    block: int = 128,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+hadamard_int4_linear = Op("hadamard_int4_linear", _reference, check=_check, fake=_fake, cpu=_cpu)

@@ -1,0 +1,134 @@
+"""INT4 weights, FP8 activations (W4A8-FP8): FireQ's linear layer."""
+
+from __future__ import annotations
+
+import torch
+
+from . import int4_weight
+from .dispatch import Op
+from .quantize_fp8 import E4M3, E4M3_MAX, safe_divisor
+
+PRODUCTS = ("exact", "fp8")
+_LARGEST_CODE = 8  # |q| <= 8: FP8 products are taken as q * (s / 8), which stays within 448
+
+
+def _reference(
+    x8: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    products: str = "exact",
+) -> torch.Tensor:
+    """y [..., N] = x_scale * (x8 @ w^T) + bias, accumulated in float32.
+
+    `products="exact"`: w = q * scale, as if the group scale were applied in float32 to each
+    group's partial sum. `products="fp8"`: w = e4m3(q * s' / 8) * 8 * channel_scale with s' the FP8
+    code of the row-normalised scale, as FireQ's kernels multiply (arXiv 2505.20839, section 3);
+    channel_scale = rowmax(scale) / 448, s' = e4m3(scale / channel_scale).
+
+    Args:
+        x8: e4m3 [..., K].
+        x_scale: float32 [..., 1], one per token.
+        weight: int32 [N, K / 8] as stored, or uint8 [N, K / 2] from `int4pack.repack`.
+        scale: [N, G] for groups of K / G inputs ([N, 1]: per channel), or [G, N, 2].
+        bias: [N] or None.
+        out_dtype: the output's.
+        products: "exact" or "fp8".
+
+    Raises:
+        ValueError: the shapes do not fit together, or `products` is unknown.
+    """
+    codes, scales = int4_weight.codes_and_scales(weight, scale)
+    if products == "fp8":
+        dense = fp8_products(codes, scales)
+    else:
+        dense = int4_weight.scaled(codes, scales.float(), torch.float32)
+    y = x8.reshape(-1, x8.shape[-1]).float() @ dense.t()
+    return int4_weight.finish(y, x_scale, bias, (*x8.shape[:-1], len(dense)), out_dtype)
+
+
+def split_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """scales [N, G] -> (codes e4m3 [N, G], channel float32 [N, 1]), scales ~ codes * channel.
+
+    Each row's largest code is 448; exact where the scales were stored that way.
+    """
+    scales = scales.float()
+    channel = scales.amax(dim=1, keepdim=True) / E4M3_MAX
+    codes = (scales / safe_divisor(channel)).clamp(max=E4M3_MAX).to(E4M3)
+    return codes, channel
+
+
+def fp8_products(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """codes int8 [N, K], scales [N, G] -> float32 [N, K], each product rounded to e4m3."""
+    n, k = codes.shape
+    scale_codes, channel = split_scales(scales)
+    grouped = codes.float().view(n, scales.shape[1], -1)
+    rounded = (grouped * (scale_codes.float() / _LARGEST_CODE)[:, :, None]).to(E4M3).float()
+    return (rounded * (channel * _LARGEST_CODE)[:, :, None]).view(n, k)
+
+
+def _cpu(
+    x8: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    products: str = "exact",
+) -> torch.Tensor:
+    # FP8 values are exact in bf16; a float32 result needs float32 partial sums.
+    wide = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
+
+    def expand(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return fp8_products(codes, scales).to(wide)
+
+    y = int4_weight.matmul(
+        x8.reshape(-1, x8.shape[-1]).to(wide),
+        weight,
+        scale,
+        expand=expand if products == "fp8" else None,
+    )
+    return int4_weight.finish(y, x_scale, bias, (*x8.shape[:-1], len(weight)), out_dtype)
+
+
+def _check(
+    x8: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    products: str = "exact",
+) -> None:
+    int4_weight.check(x8, weight, scale, bias)
+    check_row_scale(x8, x_scale, E4M3)
+    if products not in PRODUCTS:
+        raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}")
+
+
+def check_row_scale(x: torch.Tensor, x_scale: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless x is `dtype` [..., K] and x_scale [..., 1]."""
+    if x.dtype != dtype:
+        raise ValueError(f"x must be {dtype}, got {x.dtype} {tuple(x.shape)}")
+    if x_scale.shape != (*x.shape[:-1], 1):
+        raise ValueError(
+            f"x_scale must be {(*x.shape[:-1], 1)} for x {tuple(x.shape)}, "
+            f"got {tuple(x_scale.shape)}"
+        )
+
+
+def _fake(
+    x8: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    products: str = "exact",
+) -> torch.Tensor:
+    return x8.new_empty((*x8.shape[:-1], weight.shape[0]), dtype=out_dtype)
+
+
+int4_fp8_linear = Op("int4_fp8_linear", _reference, check=_check, fake=_fake, cpu=_cpu)

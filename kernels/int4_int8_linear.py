@@ -1,0 +1,81 @@
+"""INT4 weights in groups, INT8 (or INT4) activations per token (W4A8, W4A4)."""
+
+from __future__ import annotations
+
+import torch
+
+from . import int4_weight
+from .dispatch import Op
+from .int4_fp8_linear import check_row_scale
+
+
+def _reference(
+    xq: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """y [..., N] = x_scale * sum_g scale_g * (xq_g @ q_g^T) + bias.
+
+    Each group's integer sum is exact (below 2^24, so in float32 too); the scales apply in float32.
+
+    Args:
+        xq: int8 [..., K].
+        x_scale: float32 [..., 1], one per token.
+        weight: int32 [N, K / 8] as stored, or uint8 [N, K / 2] from `int4pack.repack`.
+        scale: [N, G] for groups of K / G inputs ([N, 1]: per channel), or [G, N, 2].
+        bias: [N] or None.
+        out_dtype: the output's.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    codes, scales = int4_weight.codes_and_scales(weight, scale)
+    groups = scales.shape[1]
+    x_groups = xq.reshape(-1, xq.shape[-1]).float().chunk(groups, dim=1)
+    y = torch.zeros(len(x_groups[0]), len(codes), device=xq.device)
+    for index, (x_part, code_part) in enumerate(zip(x_groups, codes.chunk(groups, dim=1))):
+        y += (x_part @ code_part.t().float()) * scales[:, index].float()
+    return int4_weight.finish(y, x_scale, bias, (*xq.shape[:-1], len(codes)), out_dtype)
+
+
+def _cpu(
+    xq: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    # INT8 values are exact in bf16; a float32 result needs float32 partial sums.
+    wide = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
+    y = int4_weight.matmul(xq.reshape(-1, xq.shape[-1]).to(wide), weight, scale)
+    return int4_weight.finish(y, x_scale, bias, (*xq.shape[:-1], len(weight)), out_dtype)
+
+
+def _check(
+    xq: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    int4_weight.check(xq, weight, scale, bias)
+    check_row_scale(xq, x_scale, torch.int8)
+
+
+def _fake(
+    xq: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    return xq.new_empty((*xq.shape[:-1], weight.shape[0]), dtype=out_dtype)
+
+
+int4_int8_linear = Op("int4_int8_linear", _reference, check=_check, fake=_fake, cpu=_cpu)

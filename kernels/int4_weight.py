@@ -1,0 +1,136 @@
+"""What the INT4 linear ops share: the layouts of a weight, its expansion, the product on a CPU.
+
+A weight comes in one of two layouts, told apart by dtype:
+  int32 [N, K / 8] as stored, with scale [N, G];
+  uint8 [N, K / 2] as `int4pack.repack` gives it, with scales-and-zeros [G, N, 2].
+G divides K into groups; G = 1 is one scale per output channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from . import int4pack
+from .packing import unpack_int4
+
+# Up to this many rows the native product wins over expanding the weight; measured at
+# 4096 x 4096 with two threads of a Zen 5 (AVX-512) CPU.
+INT4PACK_ROWS = 64
+# Output rows expanded at a time: the expanded tile (1 to 4 MB) stays in the cache.
+_TILE_BYTES = 2 << 20
+
+
+def shape(weight: torch.Tensor, scale: torch.Tensor) -> tuple[int, int, int]:
+    """(N, K, group size) of a weight in either layout."""
+    if weight.dtype == torch.uint8:
+        n, k, groups = weight.shape[0], weight.shape[1] * 2, scale.shape[0]
+    else:
+        n, k, groups = weight.shape[0], weight.shape[1] * 8, scale.shape[1]
+    return n, k, k // groups
+
+
+def check(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Raise ValueError unless x [..., K], weight, scale and bias [N] fit together."""
+    shapes = (
+        f"x {tuple(x.shape)}, weight {weight.dtype} {tuple(weight.shape)}, "
+        f"scale {tuple(scale.shape)}, bias {None if bias is None else tuple(bias.shape)}"
+    )
+    if weight.dim() != 2 or weight.dtype not in (torch.int32, torch.uint8):
+        raise ValueError(f"weight must be int32 [N, K/8] or uint8 [N, K/2]: {shapes}")
+    repacked = weight.dtype == torch.uint8
+    if scale.dim() != (3 if repacked else 2) or scale.shape[1 if repacked else 0] != len(weight):
+        wanted = "[G, N, 2]" if repacked else "[N, G]"
+        raise ValueError(f"scale must be {wanted}: {shapes}")
+    n, k, group = shape(weight, scale)
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x must be [..., {k}]: {shapes}")
+    if group == 0 or k % group or k // group != scale.shape[0 if repacked else 1]:
+        raise ValueError(f"the groups must divide K = {k}: {shapes}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias must be [{n}]: {shapes}")
+
+
+def codes_and_scales(
+    weight: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes [N, K] and scales [N, G], from either layout."""
+    if weight.dtype == torch.uint8:
+        return int4pack.unpack(weight), scale[..., 0].t()
+    return unpack_int4(weight), scale
+
+
+def dequantize(
+    weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, half: bool = False
+) -> torch.Tensor:
+    """The weight [N, K]: q * scale, or (q + 1/2) * scale where `half`."""
+    codes, scales = codes_and_scales(weight, scale)
+    return scaled(codes, scales, dtype, half)
+
+
+def scaled(
+    codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, half: bool = False
+) -> torch.Tensor:
+    """codes [N, K], scales [N, G] -> [N, K]; one rounding, to `dtype`, of the exact product."""
+    n, k = codes.shape
+    # A bf16 product of a bf16 scale rounds once; any other scale is applied in float32 first.
+    wide = dtype if scales.dtype == dtype else torch.float32
+    values = codes.to(wide)
+    if half:
+        values += 0.5
+    grouped = values.view(n, scales.shape[1], -1)
+    grouped *= scales.to(wide)[:, :, None]
+    return grouped.view(n, k).to(dtype)
+
+
+def matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    half: bool = False,
+    expand: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """x [M, K] @ W^T -> [M, N] in x's dtype on a CPU, W in either layout.
+
+    `expand(codes, scales) -> [rows, K]` replaces the plain q * scale (then the native product,
+    which knows no other, is not used).
+    """
+    n, k, group = shape(weight, scale)
+    if (
+        weight.dtype == torch.uint8
+        and expand is None
+        and x.dtype == scale.dtype == torch.bfloat16
+        and len(x) <= INT4PACK_ROWS
+    ):
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), weight, group, scale)
+    if expand is None:
+
+        def expand(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+            return scaled(codes, scales, x.dtype, half)
+
+    codes, scales = codes_and_scales(weight, scale)
+    out = x.new_empty(len(x), n)
+    tile = max(16, _TILE_BYTES // (k * x.element_size()) // 16 * 16)
+    for first in range(0, n, tile):
+        rows = slice(first, first + tile)
+        out[:, rows] = F.linear(x, expand(codes[rows], scales[rows]))
+    return out
+
+
+def finish(
+    y: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y [M, N] -> y * row_scale [M, 1] + bias [N] in float32, as `dtype` [*shape]."""
+    if row_scale is not None:
+        y = y.float() * row_scale.reshape(-1, 1)
+    if bias is not None:
+        y = y.float() + bias.float()
+    return y.to(dtype).reshape(shape)

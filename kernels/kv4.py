@@ -1,0 +1,105 @@
+"""INT4 keys and values: one packed vector per token and head, its scale in its last bytes."""
+
+from __future__ import annotations
+
+import torch
+
+from .dispatch import Op
+from .quantize_fp8 import E4M3_MAX, safe_divisor
+
+SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
+SMALLEST_E4M3 = 2.0**-9
+_TOP = 7
+
+
+def _quantize(x: torch.Tensor, scale_dtype: str = "bfloat16") -> torch.Tensor:
+    """x [..., D] -> uint8 [..., D / 2 + 2] (bf16 scale) or [..., D / 2 + 1] (e4m3 scale).
+
+    Symmetric INT4 per vector: s = max|x| / 7 is rounded to its storage type *first*, then
+    q = clamp(round(x / s), -7, 7), half to even. Byte i holds element i (low nibble, q + 8) and
+    element i + D / 2 (high nibble); the scale's bytes follow. A vector of zeros gives zeros.
+    An e4m3 scale is kept within [2^-9, 448]: vectors with max|x| below 7 * 2^-9 lose resolution
+    (never to a zero scale), those above 3136 saturate (never to NaN). FireQ (arXiv 2505.20839),
+    INT4 KV cache, with its scale's rounding put before the division.
+
+    Raises:
+        ValueError: D is odd, x is not floating point, or scale_dtype is unknown.
+    """
+    x = x.float()
+    scale = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True) / _TOP
+    if scale_dtype == "float8_e4m3fn":
+        scale = scale.clamp(SMALLEST_E4M3, E4M3_MAX)
+    stored = scale.to(SCALE_DTYPES[scale_dtype])
+    codes = (x / safe_divisor(stored.float())).round_().clamp_(-_TOP, _TOP)
+    low, high = (codes + 8).to(torch.uint8).chunk(2, dim=-1)
+    return torch.cat((low | (high << 4), stored.view(torch.uint8)), dim=-1)
+
+
+def _check_quantize(x: torch.Tensor, scale_dtype: str = "bfloat16") -> None:
+    if x.dim() == 0 or x.shape[-1] % 2 or not x.dtype.is_floating_point:
+        raise ValueError(
+            f"x must be floating point [..., D] with D even, got {x.dtype} {tuple(x.shape)}"
+        )
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"scale_dtype must be one of {list(SCALE_DTYPES)}, got {scale_dtype!r}")
+
+
+def _fake_quantize(x: torch.Tensor, scale_dtype: str = "bfloat16") -> torch.Tensor:
+    size = x.shape[-1] // 2 + SCALE_DTYPES[scale_dtype].itemsize
+    return x.new_empty((*x.shape[:-1], size), dtype=torch.uint8)
+
+
+def _dequantize(
+    packed: torch.Tensor, head_dim: int, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """uint8 [..., P] from `kv4_quantize` -> [..., head_dim] in `dtype`: q * s, rounded once.
+
+    Raises:
+        ValueError: P is not head_dim / 2 plus the bytes of a scale (2: bf16, 1: e4m3).
+    """
+    codes, scale = split(packed, head_dim)
+    wide = dtype if dtype == scale.dtype == torch.bfloat16 else torch.float32
+    low, high = (codes & 15), (codes >> 4)
+    values = torch.cat((low, high), dim=-1).view(torch.int8).sub_(8).to(wide)
+    return values.mul_(scale.to(wide)).to(dtype)
+
+
+def split(packed: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 [..., P] -> (nibble pairs uint8 [..., head_dim / 2], scale [..., 1])."""
+    codes, tail = packed.split((head_dim // 2, packed.shape[-1] - head_dim // 2), dim=-1)
+    return codes, tail.contiguous().view(scale_dtype_of(packed, head_dim))
+
+
+def scale_dtype_of(packed: torch.Tensor, head_dim: int) -> torch.dtype:
+    """The scale's dtype, told by its size."""
+    return torch.bfloat16 if packed.shape[-1] - head_dim // 2 == 2 else torch.float8_e4m3fn
+
+
+def check_packed(packed: torch.Tensor, head_dim: int) -> None:
+    """Raise ValueError unless packed is uint8 [..., P] for this head_dim."""
+    fits = packed.dim() > 0 and packed.shape[-1] - head_dim // 2 in (1, 2) and head_dim % 2 == 0
+    if packed.dtype != torch.uint8 or not fits:
+        raise ValueError(
+            f"packed must be uint8 [..., {head_dim}/2 + 1 or 2], "
+            f"got {packed.dtype} {tuple(packed.shape)}"
+        )
+
+
+def _check_dequantize(
+    packed: torch.Tensor, head_dim: int, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    check_packed(packed, head_dim)
+
+
+def _fake_dequantize(
+    packed: torch.Tensor, head_dim: int, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    return packed.new_empty((*packed.shape[:-1], head_dim), dtype=dtype)
+
+
+kv4_quantize = Op(
+    "kv4_quantize", _quantize, check=_check_quantize, fake=_fake_quantize, cpu=_quantize
+)
+kv4_dequantize = Op(
+    "kv4_dequantize", _dequantize, check=_check_dequantize, fake=_fake_dequantize, cpu=_dequantize
+)

@@ -1,0 +1,164 @@
+"""Attention over INT4 keys and values, with FP8 queries: FireQ's attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .dispatch import Op
+from .kv4 import check_packed, kv4_dequantize
+from .quantize_fp8 import quantize_fp8
+
+
+def _reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    is_causal: bool,
+    post_scale: torch.Tensor | None = None,
+    quantize_query: bool = True,
+) -> torch.Tensor:
+    """softmax(scaling * q k^T + mask) v -> [B, Hq, T, D] in query's dtype, in float32 inside.
+
+    q = query / post_scale, rounded to FP8 per token and head where `quantize_query`; k and v are
+    the unpacked keys (which were multiplied by post_scale before they were packed) and values.
+    FireQ (arXiv 2505.20839), RoPE-aware attention.
+
+    Args:
+        query: [B, Hq, T, D] bf16, fp16 or float32, after RoPE.
+        key, value: uint8 [B, Hkv, S, P] from `kv4_quantize`; Hkv divides Hq.
+        mask: [B or 1, 1 or Hq, T, S], bool (True: attend) or additive; or None. A row that is
+            masked entirely with False or -inf gives zeros.
+        scaling: the factor of the scores, 1 / sqrt(D) as a rule.
+        is_causal: query t sees keys up to S - T + t; used only where mask is None.
+        post_scale: float32 [Hkv, D] or None.
+        quantize_query: round the query to FP8.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    batch, heads, tokens, dim = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    q = prepare_query(query, kv_heads, post_scale, quantize_query, torch.float32)
+    q = q.reshape(batch, kv_heads, heads // kv_heads, tokens, dim)
+    k = kv4_dequantize.reference(key, dim, torch.float32)[:, :, None]
+    v = kv4_dequantize.reference(value, dim, torch.float32)[:, :, None]
+    scores = (q @ k.transpose(-1, -2)) * scaling
+    if mask is None and is_causal:
+        mask = causal_mask(tokens, length, query.device)
+    if mask is not None:
+        grouped = mask if mask.dim() < 4 else _group_heads(mask, kv_heads)
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~grouped, -torch.inf)
+        else:
+            scores = scores + grouped
+    # A row of -inf alone would be NaN; such a query attends to nothing and gives zeros.
+    weights = scores.softmax(dim=-1).nan_to_num(0.0)
+    return (weights @ v).reshape(query.shape).to(query.dtype)
+
+
+def _group_heads(mask: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[B or 1, 1 or Hq, T, S] -> [B or 1, 1 or Hkv, 1 or group, T, S]."""
+    if mask.shape[1] == 1:
+        return mask[:, :, None]
+    return mask.unflatten(1, (kv_heads, -1))
+
+
+def prepare_query(
+    query: torch.Tensor,
+    kv_heads: int,
+    post_scale: torch.Tensor | None,
+    quantize_query: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """query [B, Hq, T, D] -> query / post_scale [Hkv, D], rounded to FP8 if asked, in `dtype`."""
+    if post_scale is None and not quantize_query:
+        return query.to(dtype)
+    q = query.float()
+    if post_scale is not None:
+        group = query.shape[1] // kv_heads
+        q = q / post_scale.float().repeat_interleave(group, dim=0)[:, None]
+    if quantize_query:
+        values, scale = quantize_fp8.reference(q)
+        q = values.float() * scale
+    return q.to(dtype)
+
+
+def causal_mask(tokens: int, length: int, device: torch.device) -> torch.Tensor:
+    """bool [T, S], True where query t may see key s: s <= S - T + t."""
+    seen = torch.ones(tokens, length, dtype=torch.bool, device=device)
+    return seen.tril(diagonal=length - tokens)
+
+
+def _cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    is_causal: bool,
+    post_scale: torch.Tensor | None = None,
+    quantize_query: bool = True,
+) -> torch.Tensor:
+    _, heads, tokens, dim = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    q = prepare_query(query, kv_heads, post_scale, quantize_query, query.dtype)
+    if mask is None and is_causal and 1 < tokens < length:
+        mask, is_causal = causal_mask(tokens, length, query.device), False
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    out = F.scaled_dot_product_attention(
+        q,
+        kv4_dequantize(key, dim, query.dtype),
+        kv4_dequantize(value, dim, query.dtype),
+        attn_mask=mask,
+        # torch aligns its causal mask to the first key: right only where T = S.
+        is_causal=is_causal and mask is None and tokens == length,
+        scale=scaling,
+        enable_gqa=heads != kv_heads,
+    )
+    return out.contiguous()
+
+
+def _check(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    is_causal: bool,
+    post_scale: torch.Tensor | None = None,
+    quantize_query: bool = True,
+) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.dim() != 4 or key.dim() != 4 or key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"query must be [B, Hq, T, D], key and value [B, Hkv, S, P]: {shapes}")
+    if query.shape[0] != key.shape[0] or query.shape[1] % key.shape[1]:
+        raise ValueError(f"the batches must agree and Hkv divide Hq: {shapes}")
+    dim = query.shape[3]
+    check_packed(key, dim)
+    check_packed(value, dim)
+    if is_causal and mask is None and query.shape[2] > key.shape[2]:
+        raise ValueError(f"causal attention needs T <= S: {shapes}")
+    if mask is not None and (mask.dim() != 4 or mask.shape[-1] != key.shape[2]):
+        raise ValueError(f"mask must be [B or 1, 1 or Hq, T, S], got {tuple(mask.shape)}: {shapes}")
+    if post_scale is not None and post_scale.shape != (key.shape[1], dim):
+        raise ValueError(f"post_scale must be [Hkv, D], got {tuple(post_scale.shape)}: {shapes}")
+
+
+def _fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    is_causal: bool,
+    post_scale: torch.Tensor | None = None,
+    quantize_query: bool = True,
+) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
+kv4_attention = Op("kv4_attention", _reference, check=_check, fake=_fake, cpu=_cpu)

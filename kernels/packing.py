@@ -1,0 +1,35 @@
+"""INT4 codes in 32-bit words, as stored on disk (compressed-tensors' `pack-quantized`)."""
+
+from __future__ import annotations
+
+import torch
+
+PER_WORD = 8
+
+
+def pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    """Pack signed INT4 codes, eight consecutive inputs to a word.
+
+    Args:
+        codes: int8 [N, K], values -8..7.
+
+    Returns:
+        int32 [N, K / 8]: u = q + 8, element k of each eight in bits 4 * (k mod 8), lowest first.
+
+    Raises:
+        ValueError: the codes are not a matrix, or K is not a multiple of 8.
+    """
+    if codes.dim() != 2 or codes.shape[1] % PER_WORD:
+        raise ValueError(f"codes must be [N, K] with K a multiple of 8, got {tuple(codes.shape)}")
+    unsigned = (codes + 8).view(torch.uint8)
+    # Two nibbles to a byte, four bytes to a little-endian word: no 32-bit temporaries.
+    return (unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)).view(torch.int32)
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_int4`: int32 [N, K / 8] -> int8 [N, K], values -8..7."""
+    if packed.dim() != 2 or packed.dtype != torch.int32:
+        raise ValueError(f"packed must be int32 [N, K/8], got {packed.dtype} {tuple(packed.shape)}")
+    pairs = packed.contiguous().view(torch.uint8)
+    nibbles = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
+    return nibbles.view(torch.int8).sub_(8)

@@ -1,0 +1,49 @@
+"""Dynamic per-token FP8 (e4m3) quantization of activations."""
+
+from __future__ import annotations
+
+import torch
+
+from .dispatch import Op
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+
+
+def safe_divisor(scale: torch.Tensor) -> torch.Tensor:
+    """`scale` with its zeros replaced by 1, so that rows of zeros quantize to zeros, not to NaN."""
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., K] -> (e4m3 [..., K], float32 scale [..., 1]) with x ~ values * scale.
+
+    scale = max|row| / 448 in float32; values round to nearest even and saturate; a row of zeros
+    gives zeros and scale 0. FireQ (arXiv 2505.20839), activations of linear layers.
+
+    Raises:
+        ValueError: x has no dimension, or is not floating point.
+    """
+    x = x.float()
+    scale = _absmax(x) / E4M3_MAX
+    values = (x / safe_divisor(scale)).clamp_(-E4M3_MAX, E4M3_MAX)
+    return values.to(E4M3), scale
+
+
+def _absmax(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True)
+
+
+def check(x: torch.Tensor) -> None:
+    if x.dim() == 0 or not x.dtype.is_floating_point:
+        raise ValueError(f"x must be floating point [..., K], got {x.dtype} {tuple(x.shape)}")
+
+
+def _fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        x.new_empty(x.shape, dtype=E4M3),
+        x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
+    )
+
+
+quantize_fp8 = Op("quantize_fp8", _reference, check=check, fake=_fake, cpu=_reference)

@@ -1,0 +1,42 @@
+"""Dynamic per-token symmetric integer quantization of activations."""
+
+from __future__ import annotations
+
+import torch
+
+from .dispatch import Op
+from .quantize_fp8 import check as check_activation
+from .quantize_fp8 import safe_divisor
+
+
+def _reference(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., K] -> (int8 codes [..., K], float32 scale [..., 1]) with x ~ codes * scale.
+
+    scale = max|row| / (2^(bits-1) - 1) in float32, codes round half to even; a row of zeros gives
+    zeros and scale 0. CrossQuant (arXiv 2410.07505), equation 1, the per-token baseline: what is
+    left at run time once the column factor is folded into the weight.
+
+    Raises:
+        ValueError: bits is neither 4 nor 8, or x is not floating point [..., K].
+    """
+    x = x.float()
+    top = 2 ** (bits - 1) - 1
+    scale = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True) / top
+    codes = (x / safe_divisor(scale)).round_().clamp_(-top - 1, top)
+    return codes.to(torch.int8), scale
+
+
+def _check(x: torch.Tensor, bits: int = 8) -> None:
+    check_activation(x)
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits}")
+
+
+def _fake(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
+    )
+
+
+quantize_int8 = Op("quantize_int8", _reference, check=_check, fake=_fake, cpu=_reference)

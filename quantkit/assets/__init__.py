@@ -1,0 +1,1 @@
+"""The bundled Llama, its texts, and how they were made (README.md)."""

@@ -1,0 +1,1 @@
+"""From text to statistics: token blocks, the layer-by-layer stream, what is measured on it."""

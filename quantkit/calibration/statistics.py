@@ -1,0 +1,85 @@
+"""What is measured on a layer's inputs, keys and values while calibration text runs through it."""
+
+from __future__ import annotations
+
+import torch
+
+from quantkit.methods.gptq import accumulate_hessian
+from quantkit.methods.hadamard import rotate_hessian
+
+
+class InputStatistics:
+    """Statistics of one input [tokens, K] of a layer, shared by all linears that read it.
+
+    Attributes:
+        absmax, mean_abs, rms: float32 [K].
+        hessian: float32 [K, K], 2 X^T X summed over tokens, or None if it is not needed.
+        rows: up to `keep` of the tokens seen, spread evenly over all batches, float32.
+    """
+
+    def __init__(self, columns: int, *, hessian: bool, keep: int, batches: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.absmax = torch.zeros(columns, device=device)
+        self._abs = torch.zeros(columns, dtype=torch.float64, device=device)
+        self._square = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.hessian = torch.zeros(columns, columns, device=device) if hessian else None
+        self._rows: list[torch.Tensor] = []
+        self._per_batch = max(1, -(-keep // max(batches, 1)))
+
+    def update(self, x: torch.Tensor) -> None:
+        """Take in a batch [..., K]."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        self.tokens += x.shape[0]
+        magnitude = x.abs()
+        self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
+        self._abs += magnitude.sum(0, dtype=torch.float64)
+        self._square += x.square().sum(0, dtype=torch.float64)
+        if self.hessian is not None:
+            accumulate_hessian(self.hessian, x)
+        step = max(1, x.shape[0] // self._per_batch)
+        self._rows.append(x[::step][: self._per_batch].clone())
+
+    @property
+    def mean_abs(self) -> torch.Tensor:
+        return (self._abs / max(self.tokens, 1)).float()
+
+    @property
+    def rms(self) -> torch.Tensor:
+        return (self._square / max(self.tokens, 1)).sqrt().float()
+
+    @property
+    def rows(self) -> torch.Tensor:
+        return torch.cat(self._rows)
+
+    def hessian_after(self, factor: torch.Tensor | None, rotation: int | None) -> torch.Tensor | None:
+        """The Hessian of rotate(x / factor), by the same change of basis on both of its sides."""
+        hessian = self.hessian
+        if hessian is not None and factor is not None:
+            hessian = hessian / factor[:, None] / factor[None, :]
+        if hessian is not None and rotation:
+            hessian = rotate_hessian(hessian, rotation)
+        return hessian
+
+
+class KeyStatistics:
+    """Largest magnitudes of keys after RoPE, float32 [KV heads, head_dim].
+
+    Attributes:
+        absmax: per channel.
+        pairs: of RoPE's pairs (i, i + head_dim / 2), equal on both members. RoPE only turns a pair, so this
+            is the same before and after it.
+    """
+
+    def __init__(self) -> None:
+        self.absmax: torch.Tensor | None = None
+        self.pairs: torch.Tensor | None = None
+
+    def update(self, keys: torch.Tensor) -> None:
+        """Take in keys after RoPE [batch, KV heads, tokens, head_dim]."""
+        from quantkit.methods.fireq import pair_magnitude
+
+        keys = keys.detach().float()
+        absmax = keys.abs().amax((0, 2))
+        pairs = pair_magnitude(keys).amax(0)
+        self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
+        self.pairs = pairs if self.pairs is None else torch.maximum(self.pairs, pairs)

@@ -1,0 +1,110 @@
+"""`quantkit eval`: perplexity, the original beside the quantized model."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from quantkit.cli.models import model_or_last, source_of, tokenizer_of, weights_bytes
+from quantkit.cli.output import JsonOption, note, out, print_json, progress_bar, size
+from quantkit.errors import QuantkitError
+
+
+def command(
+    model: Annotated[str | None, typer.Argument(help="Left out: the one quantized last in this folder.")] = None,
+    ppl: Annotated[
+        list[str] | None, typer.Option("--ppl", help="sample, wikitext, or a UTF-8 file; may be repeated.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="What to compare with; the recorded original if left out, `none` for nothing.")
+    ] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a window; 2048 or the model's maximum.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use at most so many windows.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure perplexity (protocol gptq: consecutive windows, mean token loss)."""
+    started = time.monotonic()
+    if limit is not None and limit < 1:
+        raise QuantkitError(f"--limit {limit}: at least 1 is needed")
+    if seqlen is not None and seqlen < 2:
+        raise QuantkitError(f"--seqlen {seqlen}: at least 2 is needed")
+    name = model_or_last(model)
+    texts = ppl or ["sample"]
+    other = source_of(name) if baseline is None else baseline
+    other = None if other == "none" else other
+    if model is None:
+        note(f"model: {name}, quantized last in this folder")
+    # The baseline's existence is checked before the first model costs its minutes.
+    sizes = {m: weights_bytes(m) for m in (name, other) if m is not None}
+    found = _evaluate(name, texts, seqlen, limit, device)
+    compared = _evaluate(other, texts, seqlen, limit, device) if other else None
+    seconds = time.monotonic() - started
+    if as_json:
+        print_json(
+            {"model": name, "ppl": found, "baseline": compared, "bytes": sizes[name], "seconds": round(seconds, 2)}
+        )
+        return
+    _print(name, other, texts, found, compared, sizes)
+
+
+def _evaluate(
+    model: str, texts: list[str], seqlen: int | None, limit: int | None, device: str
+) -> dict[str, Any]:
+    """Text -> its Perplexity as a dictionary."""
+    from quantkit.calibration.data import read_text, tokenize
+    from quantkit.evaluate.perplexity import DEFAULT_SEQLEN, perplexity
+    from quantkit.runtime.load import load
+
+    contents = {text: read_text(text, split="test") for text in texts}
+    tokenizer = tokenizer_of(model)
+    loaded = load(model, device=device)
+    longest = int(getattr(loaded.config, "max_position_embeddings", DEFAULT_SEQLEN))
+    if seqlen is not None and seqlen > longest:
+        raise QuantkitError(f"--seqlen {seqlen}: {model} was made for at most {longest} tokens")
+    results = {}
+    with progress_bar() as bar:
+        for text, content in contents.items():
+            result = perplexity(
+                loaded,
+                tokenize(tokenizer, content),
+                seqlen or min(DEFAULT_SEQLEN, longest),
+                limit=limit,
+                progress=lambda done, total: bar(done, total, "windows"),
+            )
+            results[text] = result.to_dict()
+    return results
+
+
+def _print(
+    name: str,
+    other: str | None,
+    texts: list[str],
+    found: dict[str, Any],
+    compared: dict[str, Any] | None,
+    sizes: dict[str, int],
+) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model")
+    table.add_column("weights", justify="right")
+    for text in texts:
+        table.add_column(f"ppl {text}", justify="right")
+    rows = [(other, compared)] if other and compared else []
+    for model, results in [*rows, (name, found)]:
+        cells = [_cell(results[text]) for text in texts]
+        table.add_row(model, size(sizes[str(model)]), *cells)
+    if other and compared:
+        ratios = [f"{found[t]['ppl'] / compared[t]['ppl']:.4f}" for t in texts]
+        table.add_row("ratio", f"{sizes[name] / sizes[other]:.3f}", *ratios)
+    out.print(table)
+    first = found[texts[0]]
+    counts = ", ".join(f"{t}: {found[t]['windows']} windows, {found[t]['tokens']} tokens" for t in texts)
+    out.print(f"protocol {first['protocol']}: windows of {first['seqlen']} tokens, last partial one dropped; {counts}")
+
+
+def _cell(result: dict[str, Any]) -> str:
+    error = f" +- {result['stderr']:.3f}" if result["stderr"] is not None else ""
+    return f"{result['ppl']:.4f}{error}"

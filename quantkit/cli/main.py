@@ -1,0 +1,102 @@
+"""The `quantkit` command: collects the commands and turns errors into one line and an exit code.
+
+Exit codes: 0 done, 2 bad input or usage, 1 a failure of ours, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+import quantkit
+from quantkit.cli import evaluate, generate, inspect, plan, quantize, recipes, verify
+from quantkit.errors import InternalError, QuantkitError
+
+app = typer.Typer(
+    name="quantkit",
+    help="Post-training quantization for Hugging Face language models. MODEL is a folder, a hub id, or `llama`, "
+    "the small Llama that comes with the package.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("quantize")(quantize.command)
+app.command("plan")(plan.command)
+app.command("eval")(evaluate.command)
+app.command("generate")(generate.command)
+app.command("inspect")(inspect.command)
+app.command("verify")(verify.command)
+app.command("recipes")(recipes.command)
+
+# typer carries click within itself from 0.2x on, under a name of its own: reach its classes through typer.
+_UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"quantkit {quantkit.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own logs.")] = False,
+) -> None:
+    pass
+
+
+def _quiet() -> None:
+    """Libraries' notices are not ours to show: a user reads each line we print."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+
+
+def main() -> None:
+    """The console script."""
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
+    debug = "--debug" in sys.argv
+    if debug:
+        # Wherever it stands: a user appends it to the command that failed.
+        sys.argv = [sys.argv[0], "--debug", *(a for a in sys.argv[1:] if a != "--debug")]
+    else:
+        _quiet()
+    try:
+        code = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; nothing that looks finished was left", 130)
+    except _UsageError as error:
+        context = getattr(error, "ctx", None)
+        what = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        _fail(f"{what} (see `{context.command_path if context else 'quantkit'} --help`)", 2)
+    except QuantkitError as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        what = str(error) if isinstance(error, InternalError) else f"{type(error).__name__}: {error}"
+        hint = "" if isinstance(error, InternalError) else " (a bug of quantkit; --debug shows where)"
+        _fail(" ".join(what.split()) + hint, 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

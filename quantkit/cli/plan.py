@@ -1,0 +1,47 @@
+"""`quantkit plan`: what a quantization would do; nothing is loaded but headers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.output import JsonOption, out, print_json, size
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A folder, a hub id, or `llama`, the bundled model.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe's name or YAML file.")],
+    samples: Annotated[int | None, typer.Option(help="Calibration blocks; the recipe's if left out.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a block; the recipe's if left out.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: path=value.")] = None,
+    modules: Annotated[bool, typer.Option("--modules", help="List every module.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what `quantize` would do: schemes, bytes, memory, who can serve the result."""
+    from quantkit.plan import default_output, make_plan
+    from quantkit.recipe import Recipe
+
+    plan = make_plan(model, Recipe.load(recipe, sets), samples=samples, seqlen=seqlen)
+    if as_json:
+        print_json(plan.to_dict())
+        return
+    structure = plan.structure
+    out.print(f"{model}: {structure.architecture}, {structure.num_layers} layers, recipe {plan.recipe.name}")
+    for scheme, count in Counter(str(s) for s in plan.schemes.values()).items():
+        out.print(f"  {count} linears     {scheme}")
+    if plan.recipe.kv_cache:
+        out.print(f"  keys, values   INT{plan.recipe.kv_cache.bits} per token and head, {plan.recipe.kv_cache.scale} scale")
+    out.print(f"  kept           {', '.join(plan.unquantized_linears) or 'nothing'}, embeddings, norms")
+    if modules:
+        for name, scheme in plan.schemes.items():
+            out.print(f"    {name}  {scheme}", markup=False)
+    before, after = plan.linear_bytes
+    out.print(f"  linears        {size(before)} -> {size(after)} ({after / before:.3f})")
+    out.print(f"  checkpoint     {size(plan.total_bytes[0])} -> {size(plan.total_bytes[1])}")
+    out.print(f"  peak memory    about {size(plan.peak_bytes)}")
+    out.print("  tensor parallel " + ", ".join(f"{n}: {'yes' if ok else 'no'}" for n, ok in plan.tensor_parallel.items()))
+    for server, words in plan.servers.items():
+        out.print(f"  {server:<15}{words}", markup=False)
+    out.print(f"  would write    {default_output(model, plan.recipe)}")

@@ -1,0 +1,33 @@
+"""`quantkit verify`: whether an output is whole."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.models import model_or_last
+from quantkit.cli.output import JsonOption, out, print_json
+
+
+def command(
+    model: Annotated[str | None, typer.Argument(help="Left out: the one quantized last in this folder.")] = None,
+    against: Annotated[str | None, typer.Option(help="The original: every tensor of it must be there.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check hashes, that every target is quantized, scales, names and shapes, and a sanity text."""
+    from quantkit.verify import verify
+
+    name = model_or_last(model)
+    result = verify(name, against=against)
+    if as_json:
+        print_json({"model": name} | result.to_dict())
+    else:
+        for check in result.checks:
+            out.print(f"  checked  {check}", markup=False)
+        for problem in result.problems:
+            out.print(f"  WRONG    {problem}", markup=False)
+        wrong = len(result.problems)
+        out.print(f"{name}: {'whole' if not wrong else f'{wrong} problem' + ('s' if wrong > 1 else '')}")
+    if result.problems:
+        raise typer.Exit(2)

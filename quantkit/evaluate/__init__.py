@@ -1,0 +1,1 @@
+"""Perplexity and comparison with the original."""

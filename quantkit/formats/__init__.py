@@ -1,0 +1,1 @@
+"""The file format: schemes, packing, config.json, writer and reader."""

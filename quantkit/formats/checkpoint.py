@@ -1,0 +1,185 @@
+"""Reading a safetensors checkpoint, headers first: nothing is trusted, nothing is loaded before it is asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from quantkit.errors import QuantkitError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# safetensors' own limit on a header; larger is a corrupted or hostile file.
+_MAX_HEADER = 100_000_000
+_DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is, from its file's header."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; QuantkitError if it is missing, not JSON or not an object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise QuantkitError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise QuantkitError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise QuantkitError(f"{path}: holds a {type(data).__name__}, an object is expected")
+    return data
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, checked against the file's size.
+
+    Raises:
+        QuantkitError: the file is truncated, its header is no JSON, or its offsets do not fit.
+    """
+
+    def broken(why: str) -> QuantkitError:
+        return QuantkitError(f"{path}: corrupted safetensors file: {why}; copy or download it again")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise broken(f"its header claims {length} bytes, the file has {size}")
+            raw = file.read(length)
+    except OSError as error:
+        raise QuantkitError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        header = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise broken("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise broken("its header is not an object")
+
+    tensors, end = {}, 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+            first, last = (int(n) for n in entry["data_offsets"])
+        except (TypeError, KeyError, ValueError):
+            raise broken(f"the entry of {name!r} is malformed") from None
+        if dtype not in _DTYPE_BITS:
+            raise broken(f"{name!r} has the unknown type {dtype!r}")
+        if min(shape, default=0) < 0 or (last - first) * 8 != math.prod(shape) * _DTYPE_BITS[dtype]:
+            raise broken(f"{name!r} has {last - first} bytes, its shape {list(shape)} needs others")
+        if not 0 <= first <= last <= size - 8 - length:
+            raise broken(f"{name!r} ends beyond the end of the file (truncated?)")
+        tensors[name] = TensorInfo(path.name, dtype, shape, last - first)
+        end = max(end, last)
+    if end != size - 8 - length:
+        raise broken(f"{size - 8 - length - end} bytes belong to no tensor")
+    return tensors
+
+
+class Checkpoint:
+    """A folder with config.json and safetensors weights, opened lazily.
+
+    Attributes:
+        path: the folder.
+        config: config.json as a dictionary.
+        tensors: name -> TensorInfo, from the headers.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            raise QuantkitError(f"{path}: no such folder")
+        if not (path / "config.json").is_file():
+            raise QuantkitError(f"{path}: no config.json in it; a Hugging Face checkpoint is expected")
+        self.config = read_json(path / "config.json")
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self._files():
+            header = read_header(path / file)
+            for name in header.keys() & self.tensors.keys():
+                raise QuantkitError(f"{path}: tensor {name!r} is in {self.tensors[name].file} and in {file}")
+            self.tensors.update(header)
+        self._check_index()
+        self._open: dict[str, Any] = {}
+
+    def _files(self) -> list[str]:
+        if (self.path / INDEX).is_file():
+            weight_map = read_json(self.path / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise QuantkitError(f"{self.path / INDEX}: has no weight_map")
+            files = sorted({str(file) for file in weight_map.values()})
+            for file in files:
+                # A name with a folder in it could lead anywhere on this machine.
+                if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+                    raise QuantkitError(
+                        f"{self.path / INDEX}: names {file!r}; only .safetensors files of the same folder are read"
+                    )
+                if not (self.path / file).is_file():
+                    raise QuantkitError(f"{self.path}: shard {file} is missing, {INDEX} names it; download it again")
+            return files
+        if (self.path / SINGLE).is_file():
+            return [SINGLE]
+        if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt*")):
+            raise QuantkitError(
+                f"{self.path}: only pickle weights (.bin, .pt), which can run code when loaded; "
+                "convert them to safetensors first"
+            )
+        raise QuantkitError(f"{self.path}: no weights in it ({SINGLE} or {INDEX} expected)")
+
+    def _check_index(self) -> None:
+        if not (self.path / INDEX).is_file():
+            return
+        for name, file in read_json(self.path / INDEX)["weight_map"].items():
+            if name not in self.tensors or self.tensors[name].file != file:
+                raise QuantkitError(f"{self.path / INDEX}: says tensor {name!r} is in {file}; it is not")
+
+    def load(self, name: str, *, finite: bool = False) -> torch.Tensor:
+        """One tensor, copied out of the memory-mapped file, in its stored type.
+
+        Raises:
+            QuantkitError: there is no such tensor, it cannot be read, or (`finite`) it holds NaN or infinity.
+        """
+        if name not in self.tensors:
+            raise QuantkitError(f"{self.path}: has no tensor {name!r}")
+        file = self.tensors[name].file
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(str(self.path / file), framework="pt", device="cpu")
+            tensor: torch.Tensor = self._open[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise QuantkitError(f"{self.path / file}: tensor {name!r} cannot be read ({error})") from None
+        if finite and tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise QuantkitError(
+                f"{self.path / file}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged"
+            )
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.bytes for info in self.tensors.values())
+
+    @property
+    def files(self) -> list[str]:
+        return sorted({info.file for info in self.tensors.values()})
+
+    def close(self) -> None:
+        self._open.clear()

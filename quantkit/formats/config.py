@@ -1,0 +1,176 @@
+"""`quantization_config` of config.json: written so that compressed-tensors, vLLM and SGLang can read it.
+
+What their schema cannot say stands under the extra top-level key `quantkit`, which they ignore.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat
+
+SCHEMA = 1
+# Layouts as compressed-tensors 0.17 wrote them; later versions read the same.
+_CT_VERSION = "0.17.0"
+# What a loader must be able to do, beyond reading the tensors, for the outputs to be right.
+ONLINE_HADAMARD = "online_hadamard"
+HALF_INTEGER_GRID = "half_integer_grid"
+KNOWN_REQUIREMENTS = frozenset({ONLINE_HADAMARD, HALF_INTEGER_GRID})
+
+
+@dataclass(frozen=True)
+class QuantizationInfo:
+    """What config.json says of a quantized checkpoint, as our own loaders need it.
+
+    Attributes:
+        schemes: module name -> its scheme; modules that are not in it are not quantized.
+        kv_cache: the cache's format, or None for 16 bits.
+        meta: the rest of the `quantkit` key (recipe, version, calibration, shards).
+    """
+
+    schemes: dict[str, Scheme]
+    kv_cache: KVFormat | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def requirements(schemes: dict[str, Scheme]) -> list[str]:
+    """What a loader needs beyond the packed layout, for these schemes."""
+    needs = set()
+    for scheme in schemes.values():
+        if scheme.rotation:
+            needs.add(ONLINE_HADAMARD)
+        if scheme.weights.half or (scheme.activations and scheme.activations.half):
+            needs.add(HALF_INTEGER_GRID)
+    return sorted(needs)
+
+
+def _layout(weights: WeightFormat) -> str:
+    return "pack-quantized" if weights.bits == 4 else "int-quantized"
+
+
+def _weight_args(weights: WeightFormat) -> dict[str, Any]:
+    args: dict[str, Any] = {"num_bits": weights.bits, "type": "int", "symmetric": True}
+    if weights.group_size:
+        args |= {"strategy": "group", "group_size": weights.group_size}
+    else:
+        args |= {"strategy": "channel"}
+    return args | {"dynamic": False}
+
+
+def _activation_args(activations: ActivationFormat | None) -> dict[str, Any] | None:
+    if activations is None:
+        return None
+    return {
+        "num_bits": activations.bits,
+        "type": activations.type,
+        "symmetric": True,
+        "strategy": "token",
+        "dynamic": True,
+    }
+
+
+def _transform_config(schemes: dict[str, Scheme]) -> dict[str, Any]:
+    """Online rotations as compressed-tensors writes them: the input is rotated, the weight was."""
+    groups: dict[str, Any] = {}
+    for block in sorted({s.rotation for s in schemes.values() if s.rotation}):
+        targets = [name for name, s in schemes.items() if s.rotation == block]
+        apply = [
+            {"targets": targets, "location": "input", "inverse": False, "ignore": []},
+            {"targets": targets, "location": "weight_input", "inverse": True, "ignore": []},
+        ]
+        groups[f"hadamard_{block}"] = {
+            "type": "hadamard",
+            "apply": apply,
+            "randomize": False,
+            "requires_grad": False,
+            "head_dim": block,
+            "precision": "torch.float32",
+        }
+    return {"config_groups": groups} if groups else {}
+
+
+def build_quantization_config(
+    schemes: dict[str, Scheme],
+    unquantized_linears: list[str],
+    kv_cache: KVFormat | None,
+    meta: dict[str, Any],
+) -> dict[str, Any]:
+    """The dictionary that goes into config.json.
+
+    Args:
+        schemes: module name -> scheme, for every quantized linear.
+        unquantized_linears: names of the linears that stay as they were (`ignore`).
+        kv_cache: the cache's format, or None.
+        meta: what else the `quantkit` key records.
+    """
+    distinct = list(dict.fromkeys(schemes.values()))
+    groups: dict[str, Any] = {}
+    for number, scheme in enumerate(distinct):
+        names = [name for name, s in schemes.items() if s == scheme]
+        groups[f"group_{number}"] = {
+            "targets": ["Linear"] if len(distinct) == 1 else names,
+            "format": _layout(scheme.weights),
+            "weights": _weight_args(scheme.weights),
+            "input_activations": _activation_args(scheme.activations),
+            "output_activations": None,
+        }
+    formats = {group["format"] for group in groups.values()}
+    ours = {
+        "schema": SCHEMA,
+        "requires": requirements(schemes),
+        "schemes": {f"group_{n}": scheme.to_dict() for n, scheme in enumerate(distinct)},
+        "modules": {
+            f"group_{n}": [name for name, s in schemes.items() if s == scheme]
+            for n, scheme in enumerate(distinct)
+        },
+        "kv_cache": kv_cache.to_dict() if kv_cache else None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "version": _CT_VERSION,
+        "config_groups": groups,
+        "ignore": sorted(unquantized_linears),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": _transform_config(schemes),
+        "quantkit": ours | meta,
+    }
+
+
+def parse_quantization_config(config: dict[str, Any], where: str) -> QuantizationInfo:
+    """The inverse of `build_quantization_config`, from a whole config.json.
+
+    Raises:
+        QuantkitError: the checkpoint is not quantized, not by quantkit, of a newer schema, malformed, or
+            needs something this version does not know.
+    """
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        raise QuantkitError(f"{where}: not a quantized checkpoint; run `quantkit quantize` on it first")
+    ours = quantization.get("quantkit")
+    if not isinstance(ours, dict):
+        method = quantization.get("quant_method", "an unknown tool")
+        raise QuantkitError(f"{where}: quantized by {method}, not by quantkit; load it with transformers")
+    if ours.get("schema") != SCHEMA:
+        raise QuantkitError(
+            f"{where}: written in schema {ours.get('schema')!r}, this version reads {SCHEMA}; update quantkit"
+        )
+    unknown = set(ours.get("requires", [])) - KNOWN_REQUIREMENTS
+    if unknown:
+        raise QuantkitError(f"{where}: requires {', '.join(sorted(unknown))}; update quantkit")
+    try:
+        schemes = {
+            module: Scheme.from_dict(ours["schemes"][group])
+            for group, modules in ours["modules"].items()
+            for module in modules
+        }
+        kv_cache = KVFormat(**ours["kv_cache"]) if ours.get("kv_cache") else None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise QuantkitError(f"{where}: malformed quantization_config.quantkit ({error!r})") from None
+    rest = {k: v for k, v in ours.items() if k not in ("schema", "schemes", "modules", "kv_cache")}
+    return QuantizationInfo(schemes, kv_cache, rest)

@@ -1,0 +1,86 @@
+"""A *scheme*: the resolved numeric format of one module. Plain data, no pydantic: the runtime reads it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a weight [N, K] is stored.
+
+    `group_size` None means one scale per output channel. `scale` says how the group scales are rounded:
+    `bf16`, `fp8_channel` (FP8 code times a channel scale) or `fp8_tensor` (FireQ's one power of two per
+    tensor). `half` is QuEST's half-integer grid: the value is (code + 1/2) * scale.
+    """
+
+    bits: int
+    group_size: int | None
+    scale: str = "bf16"
+    half: bool = False
+
+
+@dataclass(frozen=True)
+class ActivationFormat:
+    """How an activation [T, K] is rounded on the way in: dynamic, one scale per token.
+
+    `type` is `int` or `float` (e4m3); `half` is QuEST's half-integer grid with Gaussian clipping.
+    """
+
+    bits: int
+    type: str = "int"
+    half: bool = False
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The format of one linear layer. `rotation` is the block of the online Hadamard rotation."""
+
+    weights: WeightFormat
+    activations: ActivationFormat | None = None
+    rotation: int | None = None
+
+    def __str__(self) -> str:
+        acts = self.activations
+        name = f"W{self.weights.bits}A{acts.bits if acts else 16}"
+        if acts:
+            name += "-FP8" if acts.type == "float" else "-INT"
+        name += f" g{self.weights.group_size}" if self.weights.group_size else " channel"
+        if self.rotation:
+            name += f" H{self.rotation}"
+        return name + (" half-grid" if self.weights.half else "")
+
+    def packed_bytes(self, rows: int, columns: int) -> int:
+        """Bytes on disk of a weight [rows, columns] with its scales."""
+        groups = columns // self.weights.group_size if self.weights.group_size else 1
+        shape = 16 if self.weights.bits == 4 else 0
+        return rows * columns * self.weights.bits // 8 + rows * groups * 2 + shape
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Scheme:
+        acts = data.get("activations")
+        return cls(
+            WeightFormat(**data["weights"]),
+            ActivationFormat(**acts) if acts else None,
+            data.get("rotation"),
+        )
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """Keys and values in the cache: symmetric INT4 per token and KV head.
+
+    `scale` is the storage type of that scale, `bf16` or `fp8`; `query` is `fp8` (per token and head) or
+    None (16-bit). Post-RoPE scales, where a layer has them, lie beside the model in quantkit/kv.safetensors.
+    """
+
+    bits: int = 4
+    scale: str = "bf16"
+    query: str | None = "fp8"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,231 @@
+"""One decoder layer: statistics -> factors folded -> weights quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.calibration.simulate import SimulatedLinear
+from quantkit.calibration.statistics import InputStatistics, KeyStatistics
+from quantkit.formats.scheme import Scheme, WeightFormat
+from quantkit.methods import crossquant, fireq, fp8_scales, rounding, smoothing
+from quantkit.methods.gptq import gptq
+from quantkit.methods.hadamard import rotate
+from quantkit.models.folding import fold_factor, fold_rope_factor, share_over_query_heads
+from quantkit.models.structure import INPUT_GROUPS, InputGroup, Structure
+from quantkit.recipe import Recipe, Weights
+from quantkit.runtime.activations import round_activation
+
+_STORE = {
+    "bf16": rounding.store_bf16,
+    "fp8_channel": fp8_scales.store_fp8_channel,
+}
+
+
+@dataclass
+class QuantizedLayer:
+    """What came of a decoder layer.
+
+    Attributes:
+        weights: linear's name within the layer -> (codes int8 [N, K], stored scale float32 [N, G]).
+        post_scale: factor on keys after RoPE, float32 [KV heads, head_dim], or None.
+        report: per linear and per layer figures, plain data.
+    """
+
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    post_scale: torch.Tensor | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def quantize_layer(
+    layer: nn.Module,
+    prefix: str,
+    recipe: Recipe,
+    schemes: dict[str, Scheme],
+    structure: Structure,
+    inputs: dict[str, InputStatistics],
+    keys: KeyStatistics | None,
+    norm_dtype: torch.dtype,
+) -> QuantizedLayer:
+    """Transform a layer in place, quantize its linears and put simulations in their place.
+
+    Args:
+        layer: weights in float32.
+        prefix: the layer's full name with a dot at its end.
+        inputs: statistics per input group; empty when the recipe needs no calibration.
+        keys: statistics of the keys, or None.
+        norm_dtype: the type norms are stored in.
+    """
+    result = QuantizedLayer(report={"linears": {}, "factors": {}})
+    factors: dict[str, torch.Tensor] = {}
+    if keys is not None and recipe.rope_scaling:
+        result.post_scale = _scale_keys(layer, recipe, structure, keys)
+    for group in INPUT_GROUPS:
+        scheme = schemes.get(prefix + group.linears[0])
+        if scheme is None or not recipe.channel_scaling or group.name not in recipe.channel_scaling.places:
+            continue
+        factor, figures = choose_factor(layer, group, recipe, prefix, scheme, inputs[group.name], structure)
+        if factor is not None:
+            factors[group.name] = fold_factor(layer, group, factor, structure, norm_dtype)
+        result.report["factors"][group.name] = figures
+    for group in INPUT_GROUPS:
+        for name in group.linears:
+            scheme = schemes.get(prefix + name)
+            if scheme is None:
+                continue
+            stats = inputs.get(group.name)
+            hessian = stats.hessian_after(factors.get(group.name), scheme.rotation) if stats else None
+            _quantize_linear(layer, name, recipe, recipe.weights_of(prefix + name), scheme, hessian, result)
+    return result
+
+
+def _scale_keys(
+    layer: nn.Module, recipe: Recipe, structure: Structure, keys: KeyStatistics
+) -> torch.Tensor | None:
+    """FireQ's two factors on keys: folds the one before RoPE, returns the one after it."""
+    assert recipe.rope_scaling and keys.absmax is not None and keys.pairs is not None
+    scaling = recipe.rope_scaling
+    post, taken = None, torch.zeros_like(keys.absmax, dtype=torch.bool)
+    if scaling.beta is not None and scaling.top_k:
+        post, taken = fireq.rope_post_factor(keys.absmax, scaling.beta, scaling.top_k)
+    if scaling.alpha is not None:
+        pre = fireq.rope_pre_factor(keys.pairs, scaling.alpha)
+        applied = fold_rope_factor(layer, torch.where(taken, torch.ones_like(pre), pre), structure)
+        if post is not None:
+            # A pre factor shared by all heads can reach channels that a head's post factor takes.
+            post = torch.where(taken, post / applied, post)
+    return post
+
+
+def choose_factor(
+    layer: nn.Module,
+    group: InputGroup,
+    recipe: Recipe,
+    prefix: str,
+    scheme: Scheme,
+    stats: InputStatistics,
+    structure: Structure,
+) -> tuple[torch.Tensor | None, dict[str, Any]]:
+    """The channel factor of one input group: the exponent with the least joint error of input and weights.
+
+    Returns:
+        (d [K], or None for the identity; figures for the report).
+    """
+    assert recipe.channel_scaling
+    method, exponents = recipe.channel_scaling.method, recipe.channel_scaling.exponents
+    weights: list[Any] = [layer.get_submodule(name).weight for name in group.linears]
+    candidates = [_factor(method, exponent, stats, weights) for exponent in exponents]
+    if group.name == "o":
+        candidates = [share_over_query_heads(d, structure) for d in candidates]
+    if len(candidates) == 1:
+        return candidates[0], {"method": method, "exponent": exponents[0]}
+    best, errors = smoothing.search(
+        candidates,
+        stats.rows,
+        weights,
+        partial(_round_input, scheme=scheme),
+        partial(_round_weight, weights=recipe.weights_of(prefix + group.linears[0]), scheme=scheme),
+    )
+    chosen = next((e for e, d in zip(exponents, candidates) if d is best or torch.equal(d, best)), None)
+    return best, {"method": method, "exponent": chosen, "errors": [float(e) for e in errors]}
+
+
+def _factor(method: str, exponent: float, stats: InputStatistics, weights: list[torch.Tensor]) -> torch.Tensor:
+    stacked = torch.cat([w.detach() for w in weights])
+    if method == "awq":
+        d = smoothing.awq_factor(stats.mean_abs, exponent)
+    elif method == "crossquant":
+        d = crossquant.fold_factor(stats.absmax, exponent)
+    elif method == "smoothquant":
+        d = smoothing.smoothquant_factor(stats.absmax, stacked.abs().amax(0), exponent)
+    elif method == "balance":
+        d = smoothing.balance_factor(stats.rms, stacked.square().mean(0).sqrt(), exponent)
+    else:
+        d = fireq.constant_factor(stacked.abs().amax(0), exponent)
+    return smoothing.normalise(d)
+
+
+def _round_input(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Rotated back after rounding, so that the product stands in the original basis."""
+    if not scheme.rotation:
+        return round_activation(x, scheme.activations)
+    # The normalised Hadamard matrix is symmetric: it is its own inverse.
+    return rotate(round_activation(rotate(x, scheme.rotation), scheme.activations), scheme.rotation)
+
+
+def _round_weight(w: torch.Tensor, weights: Weights, scheme: Scheme) -> torch.Tensor:
+    if scheme.rotation:
+        w = rotate(w, scheme.rotation)
+    grid = rounding.Grid(scheme.weights.bits, scheme.weights.half)
+    # A clip search per candidate costs much and moves all candidates alike.
+    clip = "gaussian" if weights.clip == "gaussian" else "absmax"
+    scale = weight_scale(w, scheme.weights, clip, None)
+    w = rounding.dequantize(rounding.quantize(w, scale, grid), scale, grid)
+    return rotate(w, scheme.rotation) if scheme.rotation else w
+
+
+def weight_scale(
+    weight: torch.Tensor, form: WeightFormat, clip: str, importance: torch.Tensor | None
+) -> torch.Tensor:
+    """Scales float32 [N, G] of a weight [N, K], as they will be stored."""
+    grid = rounding.Grid(form.bits, form.half)
+    if clip == "gaussian":
+        scale = rounding.gaussian_scale(weight, form.group_size, grid)
+    elif clip == "mse":
+        scale = rounding.mse_scale(weight, form.group_size, grid, importance)
+    else:
+        scale = rounding.absmax_scale(weight, form.group_size, grid)
+    return fp8_scales.store_fp8_tensor(scale, weight) if form.scale == "fp8_tensor" else _STORE[form.scale](scale)
+
+
+def _quantize_linear(
+    layer: nn.Module,
+    name: str,
+    recipe: Recipe,
+    weights: Weights,
+    scheme: Scheme,
+    hessian: torch.Tensor | None,
+    result: QuantizedLayer,
+) -> None:
+    linear: Any = layer.get_submodule(name)
+    weight = linear.weight.detach()
+    if scheme.rotation:
+        weight = rotate(weight, scheme.rotation)
+    grid = rounding.Grid(scheme.weights.bits, scheme.weights.half)
+    importance = hessian.diagonal() if hessian is not None else None
+    scale = weight_scale(weight, scheme.weights, weights.clip, importance)
+    figures: dict[str, Any] = {"scheme": str(scheme), "rounding": weights.rounding}
+    if weights.rounding == "gptq":
+        assert hessian is not None
+        solved = gptq(
+            weight,
+            hessian,
+            scale,
+            grid,
+            damping=recipe.gptq.damping,
+            block=recipe.gptq.block,
+            act_order=recipe.gptq.activation_order,
+        )
+        codes = solved.codes
+        figures |= {"damping": solved.damping, "fell_back": solved.fell_back}
+    else:
+        codes = rounding.quantize(weight, scale, grid)
+    values = rounding.dequantize(codes, scale, grid)
+    figures["weight_error"] = _relative(values - weight, weight, None)
+    if hessian is not None:
+        figures["output_error"] = _relative(values - weight, weight, hessian)
+    result.report["linears"][name] = figures
+    result.weights[name] = (codes, scale)
+    parent, _, child = name.rpartition(".")
+    setattr(layer.get_submodule(parent), child, SimulatedLinear(values, linear.bias, scheme))
+
+
+def _relative(error: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor | None) -> float:
+    """Squared error over squared weight, both seen through the inputs if a Hessian is given."""
+    if hessian is None:
+        return float(error.square().sum() / weight.square().sum().clamp_min(1e-30))
+    return float(((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum().clamp_min(1e-30))

@@ -1,0 +1,1 @@
+"""Quantization methods: pure functions from tensors to tensors."""

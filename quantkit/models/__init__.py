@@ -1,0 +1,1 @@
+"""What is known of an architecture, found by structure."""

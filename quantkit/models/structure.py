@@ -1,0 +1,180 @@
+"""What a decoder model is made of, found by looking at its modules rather than by a file per architecture.
+
+A model is taken if each decoder layer is two residual branches, `norm -> attention` and `norm -> gated MLP`,
+with the linears below. Anything else is refused by name: a transform applied to a structure it was not
+made for would change the function in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.errors import QuantkitError
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+SUPPORTED = "Llama, Mistral, Qwen2, Qwen3 and models built like them"
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears of a decoder layer that read the same input, and where a per-channel factor of it can go.
+
+    Attributes:
+        name: `qkv`, `o`, `gate_up` or `down`: also the name of the place in recipes.
+        linears: module names within the layer.
+        feeder: the module within the layer whose output channels the factor is folded into.
+        feeder_is_norm: the feeder is a norm (its weight is divided), else a linear (its rows are).
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    feeder: str
+    feeder_is_norm: bool
+
+
+INPUT_GROUPS = (
+    InputGroup("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", True),
+    InputGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", False),
+    InputGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", True),
+    InputGroup("down", ("mlp.down_proj",), "mlp.up_proj", False),
+)
+LINEARS = tuple(name for group in INPUT_GROUPS for name in group.linears)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The shape of a decoder model.
+
+    Attributes:
+        layers: path of the decoder layers' ModuleList, e.g. `model.layers`.
+        shapes: linear's name within a layer -> (out, in).
+        key_norm: whether queries and keys are normalised per head (q_norm, k_norm).
+    """
+
+    model_type: str
+    architecture: str
+    layers: str
+    num_layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    shapes: dict[str, tuple[int, int]]
+    key_norm: bool
+    max_positions: int
+
+    def modules(self) -> Iterator[tuple[str, str]]:
+        """(full name, name within the layer) of every linear of every decoder layer."""
+        for layer in range(self.num_layers):
+            for linear in self.shapes:
+                yield f"{self.layers}.{layer}.{linear}", linear
+
+
+def load_config(config: dict[str, Any], where: str) -> Any:
+    """A transformers config object from config.json's content; no remote code is ever run."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise QuantkitError(f"{where}: config.json names no model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise QuantkitError(f"{where}: model_type {model_type!r} is unknown to transformers; {SUPPORTED} work")
+    try:
+        return CONFIG_MAPPING[model_type].from_dict({k: v for k, v in config.items() if k != "quantization_config"})
+    except Exception as error:  # transformers validates with errors of many classes
+        raise QuantkitError(f"{where}: config.json is not valid for {model_type!r} ({_one_line(error)})") from None
+
+
+def build_skeleton(config: Any, where: str, *, attention: str = "sdpa") -> nn.Module:
+    """The model with its parameters on the meta device and its buffers (RoPE's frequencies) real."""
+    from accelerate import init_empty_weights
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise QuantkitError(f"{where}: {config.model_type!r} is not a causal language model; {SUPPORTED} work")
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except Exception as error:
+        raise QuantkitError(
+            f"{where}: transformers cannot build this {config.model_type!r} ({_one_line(error)})"
+        ) from None
+    return model.eval()
+
+
+def find_structure(model: nn.Module, where: str) -> Structure:
+    """The structure of a model built by `build_skeleton`.
+
+    Raises:
+        QuantkitError: the model is not built as this module's docstring says, with what differs.
+    """
+    config: Any = model.config
+    name = type(model).__name__
+
+    def refuse(why: str) -> QuantkitError:
+        return QuantkitError(f"{where}: {name} ({config.model_type}) is not supported: {why}; {SUPPORTED} work")
+
+    layers = [
+        (path, module) for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == getattr(config, "num_hidden_layers", -1)
+    ]  # fmt: skip
+    if len(layers) != 1 or not layers[0][1]:
+        raise refuse("no single list of decoder layers was found")
+    path, blocks = layers[0]
+    expected = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+    for number, block in enumerate(blocks):
+        children = dict(block.named_children())
+        if set(children) != expected:
+            raise refuse(f"layer {number} has {', '.join(sorted(children))}, not {', '.join(sorted(expected))}")
+        linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        if set(linears) != set(LINEARS):
+            raise refuse(f"layer {number} has linears {', '.join(sorted(linears)) or 'of another kind'}")
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            if not _is_rms_norm(children[norm]):
+                raise refuse(f"layer {number}'s {norm} is not a plain RMSNorm (weight * normalised input)")
+    block = blocks[0]
+    norms = {n for n, _ in block.self_attn.named_children()} - set(_ATTENTION) - {"rotary_fn"}
+    if norms not in (set(), {"q_norm", "k_norm"}) or not set(_MLP) <= {n for n, _ in block.mlp.named_children()}:
+        raise refuse(f"its attention has {', '.join(sorted(norms))}")
+    if getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
+        raise refuse("RoPE turns only a part of each head")
+    shapes = {n: tuple(block.get_submodule(n).weight.shape) for n in LINEARS}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if shapes["self_attn.k_proj"][0] != config.num_key_value_heads * head_dim:
+        raise refuse(f"k_proj has {shapes['self_attn.k_proj'][0]} rows, not KV heads x head_dim")
+    return Structure(
+        model_type=config.model_type,
+        architecture=name,
+        layers=path,
+        num_layers=len(blocks),
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        shapes={n: (int(s[0]), int(s[1])) for n, s in shapes.items()},
+        key_norm=bool(norms),
+        max_positions=int(getattr(config, "max_position_embeddings", 2048)),
+    )
+
+
+def _is_rms_norm(norm: nn.Module) -> bool:
+    """Whether norm(x) = weight * x / rms(x), found by trying it: Gemma's is (1 + weight) under the same name."""
+    parameters = dict(norm.named_parameters())
+    if set(parameters) != {"weight"}:
+        return False
+    x = torch.linspace(-1.0, 2.0, parameters["weight"].shape[0])
+    weight = torch.linspace(0.5, 3.0, x.numel())
+    try:
+        got = torch.func.functional_call(norm, {"weight": weight}, (x[None],))
+    except (RuntimeError, TypeError, AttributeError):
+        return False
+    want = weight * x / x.square().mean().sqrt()
+    return bool(torch.allclose(got[0].float(), want, rtol=1e-2, atol=1e-3))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

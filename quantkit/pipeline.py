@@ -1,0 +1,299 @@
+"""The main job: plan -> per layer (calibrate -> transform -> quantize -> write) -> verify -> report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import quantkit
+from quantkit.calibration.data import BUNDLED_CALIBRATION, CalibrationSet, calibration_blocks
+from quantkit.calibration.stream import LayerStream, observe
+from quantkit.errors import InternalError, QuantkitError
+from quantkit.formats.config import build_quantization_config
+from quantkit.formats.packed import packed_tensors
+from quantkit.formats.writer import OutputFolder, save_tensors
+from quantkit.layer import QuantizedLayer, quantize_layer
+from quantkit.models.structure import INPUT_GROUPS
+from quantkit.plan import Plan, default_output, make_plan
+from quantkit.recipe import Recipe
+
+KV_FILE = "quantkit/kv.safetensors"
+REPORT_FILE = "quantkit/report.json"
+# Tokens of each linear's input that are kept for the search of channel factors.
+_SEARCH_ROWS = 1024
+# Blocks on which a quantized layer's output is compared with the original layer's.
+_ERROR_BLOCKS = 4
+
+Progress = Callable[[int, int, str], None]
+
+
+def quantize(
+    model: str,
+    recipe: str | Recipe,
+    output: str | Path | None = None,
+    *,
+    calib: str = BUNDLED_CALIBRATION,
+    samples: int | None = None,
+    seqlen: int | None = None,
+    device: str = "cpu",
+    overrides: list[str] | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Quantize a checkpoint into a folder that quantkit, and where the scheme allows transformers, vLLM and SGLang, load.
+
+    Args:
+        model: a folder, a hub id, or `llama`, the bundled model.
+        recipe: a name, the path of a YAML file, or a Recipe.
+        output: where to; `./<model>-<recipe>` if left out.
+        calib: the calibration text: `bundled`, `wikitext`, or a UTF-8 file.
+        samples, seqlen: calibration blocks and their tokens; the recipe's if left out.
+        device: where layers are run and solved, `cpu` or `cuda`.
+        overrides: `path=value` changes of the recipe (not with a Recipe object).
+        seed: of the choice of calibration blocks.
+        overwrite: replace a finished output of ours.
+        progress: called with (layers done, layers, what is being done).
+
+    Returns:
+        The report that is also written to quantkit/report.json.
+
+    Raises:
+        QuantkitError: bad input, named in one line; nothing is left behind that looks finished.
+        InternalError: the output did not verify.
+    """
+    started = time.monotonic()
+    if isinstance(recipe, str):
+        recipe = Recipe.load(recipe, overrides)
+    where = _device(device)
+    for name, value in (("samples", samples), ("seqlen", seqlen)):
+        if value is not None and value < (1 if name == "samples" else 2):
+            raise QuantkitError(f"--{name} {value}: at least {1 if name == 'samples' else 2} is needed")
+    plan = make_plan(model, recipe, samples=samples, seqlen=seqlen)
+    if seqlen is not None and seqlen > plan.structure.max_positions:
+        raise QuantkitError(f"--seqlen {seqlen}: the model was made for at most {plan.structure.max_positions} tokens")
+    path = Path(output) if output is not None else default_output(model, recipe)
+    tell = progress or (lambda done, total, what: None)
+
+    with OutputFolder(path, overwrite=overwrite) as folder:
+        _check_disk(path, plan.total_bytes[1])
+        data = _calibration(plan, calib, samples, seqlen, seed) if recipe.needs_calibration else None
+        stream = LayerStream(plan.checkpoint, plan.skeleton, plan.structure, data.tokens if data else None, where)
+        report: dict[str, Any] = {"layers": []}
+        scales: dict[str, torch.Tensor] = {}
+        for number in range(plan.structure.num_layers):
+            tell(number, plan.structure.num_layers, f"layer {number}")
+            result = _one_layer(plan, stream, number, folder)
+            report["layers"].append(result.report)
+            if result.post_scale is not None:
+                scales[str(number)] = result.post_scale.cpu()
+        tell(plan.structure.num_layers, plan.structure.num_layers, "writing")
+        _copy_the_rest(plan, folder)
+        report |= _summary(model, plan, data, seed, time.monotonic() - started)
+        _finish(plan, folder, data, scales, report)
+
+    from quantkit.verify import verify
+
+    tell(plan.structure.num_layers, plan.structure.num_layers, "verifying")
+    problems = verify(path, against=str(plan.checkpoint.path)).problems
+    if problems:
+        raise InternalError(f"{path}: the output does not verify: {problems[0]}")
+    return report | {"output": str(path)}
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise QuantkitError(f"--device {name}: unknown; cpu and cuda are known") from None
+    if device.type not in ("cpu", "cuda"):
+        raise QuantkitError(f"--device {name}: not supported; cpu and cuda are")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise QuantkitError(f"--device {name}: torch sees no CUDA device; use --device cpu")
+    return device
+
+
+def _check_disk(path: Path, need: int) -> None:
+    free = shutil.disk_usage(path).free
+    if free < need:
+        raise QuantkitError(
+            f"{path}: {need / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; choose another folder with -o"
+        )
+
+
+def _calibration(
+    plan: Plan, calib: str, samples: int | None, seqlen: int | None, seed: int
+) -> CalibrationSet:
+    settings = plan.recipe.calibration
+    length = seqlen or min(settings.seqlen, plan.structure.max_positions)
+    return calibration_blocks(
+        load_tokenizer(plan.checkpoint.path), calib, samples or settings.samples, length, seed
+    )
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint folder; QuantkitError if there is none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
+        reason = " ".join(str(error).split())[:160]
+        raise QuantkitError(f"{path}: no usable tokenizer in it ({reason})") from None
+
+
+def _one_layer(plan: Plan, stream: LayerStream, number: int, folder: OutputFolder) -> QuantizedLayer:
+    """Calibrate, transform, quantize and write one decoder layer; the stream moves on to its outputs."""
+    prefix = f"{plan.structure.layers}.{number}."
+    norm_dtype = plan.checkpoint.load(f"{prefix}input_layernorm.weight").dtype
+    with stream.layer(number) as layer:
+        if stream.hidden is None:
+            arguments: tuple[Any, Any] = ({}, None)
+            reference = None
+        else:
+            reference = _Reference(_ERROR_BLOCKS)
+            gptq = {
+                group.name for group in INPUT_GROUPS
+                if any(plan.recipe.weights_of(prefix + n).rounding == "gptq" for n in group.linears)
+            }  # fmt: skip
+            with observe(layer, hessians=gptq, keep_rows=_SEARCH_ROWS, batches=stream.batches) as arguments:
+                stream.run(layer, number, reference.keep)
+        result = quantize_layer(
+            layer, prefix, plan.recipe, plan.schemes, plan.structure, *arguments, norm_dtype=norm_dtype
+        )
+        _write_layer(plan, prefix, layer, result, folder)
+        if stream.hidden is not None and reference is not None:
+            _quantize_cache(plan, layer, result)
+            before = stream.hidden[:_ERROR_BLOCKS].clone()
+            stream.advance(layer, number)
+            result.report["output_error"] = reference.error(before, stream.hidden[:_ERROR_BLOCKS])
+    folder.end_of_layer()
+    return result
+
+
+class _Reference:
+    """Keeps the original layer's outputs for the first few blocks."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._kept: list[torch.Tensor] = []
+
+    def keep(self, first: int, output: torch.Tensor) -> None:
+        if first < self._blocks:
+            self._kept.append(output[: self._blocks - first].cpu())
+
+    def error(self, inputs: torch.Tensor, outputs: torch.Tensor) -> float:
+        """Squared error of the outputs over the square of what the original layer adds to its input."""
+        want = torch.cat(self._kept)
+        added = (want - inputs[: want.shape[0]]).square().sum()
+        return float((outputs[: want.shape[0]] - want).square().sum() / added.clamp_min(1e-30))
+
+
+def _quantize_cache(plan: Plan, layer: torch.nn.Module, result: QuantizedLayer) -> None:
+    """From here on the layer's attention rounds keys and values as the served model will."""
+    from quantkit.runtime.attention import KVQuantizer
+
+    form = plan.recipe.kv_format()
+    if form:
+        layer.get_submodule("self_attn").kv_quantizer = KVQuantizer(form, result.post_scale)
+
+
+def _write_layer(
+    plan: Plan, prefix: str, layer: torch.nn.Module, result: QuantizedLayer, folder: OutputFolder
+) -> None:
+    parameters = dict(layer.named_parameters())
+    for name in [n for n in plan.checkpoint.tensors if n.startswith(prefix)]:
+        local = name.removeprefix(prefix)
+        module, _, kind = local.rpartition(".")
+        if module in result.weights and kind == "weight":
+            codes, scale = result.weights[module]
+            for suffix, tensor in packed_tensors(codes.cpu(), scale.cpu(), plan.schemes[prefix + module]).items():
+                folder.add(f"{prefix}{module}.{suffix}", tensor)
+        elif local in parameters or hasattr(layer.get_submodule(module), kind):
+            # Norms and biases may have taken a factor in; those that did not round back to the same bytes.
+            original = plan.checkpoint.load(name)
+            changed = getattr(layer.get_submodule(module), kind)
+            folder.add(name, changed.detach().to("cpu", original.dtype))
+        else:
+            folder.add(name, plan.checkpoint.load(name))
+
+
+def _copy_the_rest(plan: Plan, folder: OutputFolder) -> None:
+    """Embeddings, head, final norm, and whatever else lies in the checkpoint, byte for byte."""
+    for name in plan.checkpoint.tensors:
+        if not _in_a_layer(name, plan):
+            folder.add(name, plan.checkpoint.load(name, finite=True))
+            folder.end_of_layer()
+
+
+def _in_a_layer(name: str, plan: Plan) -> bool:
+    head, _, rest = name.partition(plan.structure.layers + ".")
+    number = rest.partition(".")[0]
+    return not head and number.isdigit() and int(number) < plan.structure.num_layers
+
+
+def _summary(
+    model: str, plan: Plan, data: CalibrationSet | None, seed: int, seconds: float
+) -> dict[str, Any]:
+    return {
+        "source": str(plan.checkpoint.path) if model != "llama" else "llama",
+        "recipe": plan.recipe.model_dump(),
+        "version": quantkit.__version__,
+        "torch": torch.__version__,
+        "calibration": data.to_dict() | {"seed": seed} if data else None,
+        "linear_bytes": dict(zip(("before", "after"), plan.linear_bytes)),
+        "total_bytes": dict(zip(("before", "after"), plan.total_bytes)),
+        "servers": plan.servers,
+        "seconds": round(seconds, 2),
+    }
+
+
+def _finish(
+    plan: Plan,
+    folder: OutputFolder,
+    data: CalibrationSet | None,
+    scales: dict[str, torch.Tensor],
+    report: dict[str, Any],
+) -> None:
+    """Side files, config.json, and the move into place."""
+    side: dict[str, Callable[[Path], None]] = {
+        REPORT_FILE: lambda target: _dump(target, report),
+    }
+    if scales:
+        side[KV_FILE] = partial(save_tensors, scales)
+    for file in plan.checkpoint.path.iterdir():
+        if _belongs(file):
+            side[file.name] = partial(shutil.copyfile, file)
+
+    def config(hashes: dict[str, str]) -> dict[str, Any]:
+        meta = {
+            "version": quantkit.__version__,
+            "recipe": plan.recipe.model_dump(exclude_defaults=True) | {"name": plan.recipe.name},
+            "calibration": data.to_dict() if data else None,
+            "shards": hashes,
+            "post_rope_scale": bool(scales),
+        }
+        quantization = build_quantization_config(
+            plan.schemes, plan.unquantized_linears, plan.recipe.kv_format(), meta
+        )
+        return plan.checkpoint.config | {"quantization_config": quantization}
+
+    folder.finish(side, config)
+
+
+def _belongs(file: Path) -> bool:
+    """Tokenizer and generation files go along; weights, their index, config.json and documents do not."""
+    if not file.is_file() or file.name == "config.json" or "safetensors" in file.name:
+        return False
+    return file.suffix in (".json", ".jinja", ".txt", ".model")
+
+
+def _dump(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")

@@ -1,0 +1,171 @@
+"""What a quantization would do, from headers alone: schemes, bytes, memory, who can serve the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.config import ONLINE_HADAMARD, requirements
+from quantkit.formats.scheme import KVFormat, Scheme
+from quantkit.models.names import find_model
+from quantkit.models.structure import Structure, build_skeleton, find_structure, load_config
+from quantkit.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before anything is loaded.
+
+    Attributes:
+        schemes: module -> scheme.
+        unquantized_linears: linears that stay as they are.
+        linear_bytes: bytes of the quantized linears' weights, before and after.
+        total_bytes: bytes of the whole checkpoint, before and after.
+        peak_bytes: estimated peak of host memory that the layer stream needs.
+        servers: server -> what it does with the result.
+        tensor_parallel: size -> whether groups and heads stay whole.
+    """
+
+    checkpoint: Checkpoint
+    skeleton: Any
+    structure: Structure
+    recipe: Recipe
+    schemes: dict[str, Scheme]
+    unquantized_linears: list[str]
+    linear_bytes: tuple[int, int]
+    total_bytes: tuple[int, int]
+    peak_bytes: int
+    servers: dict[str, str]
+    tensor_parallel: dict[int, bool]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "architecture": self.structure.architecture,
+            "recipe": self.recipe.name,
+            "modules": {name: str(scheme) for name, scheme in self.schemes.items()},
+            "kept": self.unquantized_linears,
+            "linear_bytes": dict(zip(("before", "after"), self.linear_bytes)),
+            "total_bytes": dict(zip(("before", "after"), self.total_bytes)),
+            "peak_bytes": self.peak_bytes,
+            "servers": self.servers,
+            "tensor_parallel": self.tensor_parallel,
+        }
+
+
+def make_plan(model: str, recipe: Recipe, *, samples: int | None = None, seqlen: int | None = None) -> Plan:
+    """Read a model's headers and decide what happens to each module.
+
+    Raises:
+        QuantkitError: the model or the recipe is bad, or they do not fit each other.
+    """
+    checkpoint = Checkpoint(find_model(model))
+    if "quantization_config" in checkpoint.config:
+        raise QuantkitError(f"{model}: is quantized already; quantize the original checkpoint")
+    from quantkit.runtime.attention import NAME, register
+
+    register()
+    config = load_config(checkpoint.config, model)
+    skeleton = build_skeleton(config, model, attention=NAME)
+    structure = find_structure(skeleton, model)
+    _check_tensors(checkpoint, skeleton, structure)
+
+    import torch
+
+    linears = [n for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)]
+    schemes = recipe.resolve(structure, linears)
+    if recipe.kv_cache and structure.head_dim % 2:
+        raise QuantkitError(f"{model}: head_dim {structure.head_dim} is odd; INT4 keys and values pack pairs")
+    before = {name: checkpoint.tensors[f"{name}.weight"].bytes for name in schemes}
+    after = {
+        name: scheme.packed_bytes(*checkpoint.tensors[f"{name}.weight"].shape) for name, scheme in schemes.items()
+    }
+    linear_bytes = (sum(before.values()), sum(after.values()))
+    return Plan(
+        checkpoint=checkpoint,
+        skeleton=skeleton,
+        structure=structure,
+        recipe=recipe,
+        schemes=schemes,
+        unquantized_linears=[name for name in linears if name not in schemes],
+        linear_bytes=linear_bytes,
+        total_bytes=(checkpoint.bytes, checkpoint.bytes - linear_bytes[0] + linear_bytes[1]),
+        peak_bytes=_peak_bytes(
+            checkpoint,
+            structure,
+            recipe,
+            samples or recipe.calibration.samples,
+            min(seqlen or recipe.calibration.seqlen, structure.max_positions),
+        ),
+        servers=who_serves(schemes, recipe.kv_format()),
+        tensor_parallel={n: _splits(structure, recipe, n) for n in (1, 2, 4, 8)},
+    )
+
+
+def _check_tensors(checkpoint: Checkpoint, skeleton: Any, structure: Structure) -> None:
+    """Every decoder layer's parameters are there, in the shape that the config implies."""
+    for name, parameter in skeleton.get_submodule(structure.layers).named_parameters():
+        full = f"{structure.layers}.{name}"
+        info = checkpoint.tensors.get(full)
+        if info is None:
+            raise QuantkitError(f"{checkpoint.path}: tensor {full!r} is missing; the checkpoint is not complete")
+        if info.shape != tuple(parameter.shape):
+            raise QuantkitError(
+                f"{checkpoint.path}: tensor {full!r} is {list(info.shape)}, config.json implies {list(parameter.shape)}"
+            )
+        if info.dtype not in ("BF16", "F16", "F32", "F64"):
+            raise QuantkitError(f"{checkpoint.path}: tensor {full!r} is {info.dtype}; 16- or 32-bit floats are expected")
+
+
+def _peak_bytes(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, samples: int, seqlen: int) -> int:
+    """One float32 layer twice (as loaded, as simulated), its Hessians, the activations, the embedding, the libraries."""
+    layer = sum(rows * columns for rows, columns in structure.shapes.values()) * 4
+    libraries = 500 * 2**20
+    if not recipe.needs_calibration:
+        return libraries + 2 * layer
+    widths = {columns for _, columns in structure.shapes.values()}
+    hidden = structure.shapes["self_attn.q_proj"][1]
+    hessians = sum(2 * width * width * 4 for width in widths)
+    embedding = max((info.bytes for info in checkpoint.tensors.values()), default=0)
+    return libraries + 2 * layer + hessians + samples * seqlen * hidden * 4 + embedding
+
+
+def _splits(structure: Structure, recipe: Recipe, parts: int) -> bool:
+    """Whether `parts` ranks get whole heads and whole groups: o_proj and down_proj are split along their inputs."""
+    sizes = [recipe.rotation.block] if recipe.rotation else []
+    if recipe.weights.group_size != "channel":
+        sizes.append(recipe.weights.group_size)
+    split = [structure.shapes["self_attn.o_proj"][1], structure.shapes["mlp.down_proj"][1]]
+    return structure.kv_heads % parts == 0 and all(
+        columns % parts == 0 and (columns // parts) % size == 0 for columns in split for size in sizes or [1]
+    )
+
+
+def who_serves(schemes: dict[str, Scheme], kv_cache: KVFormat | None) -> dict[str, str]:
+    """Server -> what it does with a checkpoint of these schemes, in words for `plan` and `inspect`."""
+    cache = "; keys and values in 16 bits there" if kv_cache else ""
+    if ONLINE_HADAMARD in requirements(schemes):
+        refuse = "no: it ignores the online rotation and gives garbage; use quantkit.load"
+        return {"quantkit": "yes", "transformers": refuse, "vLLM": refuse, "SGLang": refuse}
+    bits = {(s.weights.bits, s.activations.bits if s.activations else 16) for s in schemes.values()}
+    floats = any(s.activations and s.activations.type == "float" for s in schemes.values())
+    if bits <= {(4, 16), (8, 8)}:
+        other = vllm = "yes"
+    elif floats:
+        vllm, other = "GPUs of compute capability 9.0 (Hopper)", "weights only: activations stay in 16 bits"
+    else:
+        vllm = other = "weights only: activations stay in 16 bits"
+    return {
+        "quantkit": "yes",
+        "transformers": "yes, with compressed-tensors" + cache,
+        "vLLM": vllm + cache,
+        "SGLang": other + cache,
+    }
+
+
+def default_output(model: str, recipe: Recipe) -> Path:
+    from quantkit.models.names import short_name
+
+    return Path(f"{short_name(model)}-{recipe.name}")

@@ -1,0 +1,132 @@
+"""A checkpoint folder -> a transformers model; quantized linears stay packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.config import QuantizationInfo, parse_quantization_config
+from quantkit.formats.packed import expected_tensors
+from quantkit.models.names import find_model
+from quantkit.models.structure import build_skeleton, load_config
+from quantkit.runtime.attention import NAME, KVQuantizer, register
+from quantkit.runtime.cache import generate_with_packed_cache
+from quantkit.runtime.linear import QuantLinear
+
+KV_FILE = Path("quantkit") / "kv.safetensors"
+
+
+def load(model: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """A model that generates, from a folder, a hub id or an alias; quantized by quantkit or not at all.
+
+    Args:
+        device: where it runs.
+        dtype: of everything that is not quantized, and of activations; the checkpoint's if left out.
+
+    Raises:
+        QuantkitError: no such model, a broken checkpoint, or one of another tool.
+    """
+    checkpoint = Checkpoint(find_model(str(model)))
+    config = load_config(checkpoint.config, str(model))
+    info = QuantizationInfo({})
+    if "quantization_config" in checkpoint.config:
+        info = parse_quantization_config(checkpoint.config, str(model))
+    if info.kv_cache:
+        register()
+    skeleton: Any = build_skeleton(config, str(model), attention=NAME if info.kv_cache else "sdpa")
+    _replace_linears(skeleton, checkpoint, info)
+    _fill(skeleton, checkpoint, dtype or _dtype_of(config))
+    if info.kv_cache:
+        _attach_quantizers(skeleton, checkpoint, info)
+        generate_with_packed_cache(skeleton)
+    skeleton.to(device)
+    for module in skeleton.modules():
+        if isinstance(module, QuantLinear):
+            module.prepare()
+    _generation_config(skeleton, checkpoint.path)
+    return skeleton.eval()
+
+
+def _dtype_of(config: Any) -> torch.dtype:
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+
+
+def _replace_linears(model: nn.Module, checkpoint: Checkpoint, info: QuantizationInfo) -> None:
+    for name, scheme in info.schemes.items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = nn.Identity()
+        if not isinstance(linear, nn.Linear):
+            raise QuantkitError(f"{checkpoint.path}: config.json says {name} is quantized; the model has no such linear")
+        for suffix, (dtype, shape) in expected_tensors(scheme, linear.out_features, linear.in_features).items():
+            found = checkpoint.tensors.get(f"{name}.{suffix}")
+            if found is None or (found.dtype, found.shape) != (dtype, shape):
+                what = f"is {found.dtype} {list(found.shape)}" if found else "is missing"
+                raise QuantkitError(f"{checkpoint.path}: {name}.{suffix} {what}; {dtype} {list(shape)} is expected")
+        parent, _, child = name.rpartition(".")
+        packed = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, scheme)
+        setattr(model.get_submodule(parent), child, packed)
+
+
+def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Give every parameter and stored buffer its tensor; none may be left without."""
+    model.tie_weights()
+    state: dict[str, torch.Tensor] = {}
+    missing = []
+    quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    for name, empty in model.state_dict(keep_vars=True).items():
+        if name not in checkpoint.tensors:
+            missing.append(name)
+            continue
+        tensor = checkpoint.load(name)
+        module, _, kind = name.rpartition(".")
+        if tuple(tensor.shape) != tuple(empty.shape):
+            raise QuantkitError(f"{checkpoint.path}: {name} is {list(tensor.shape)}, {list(empty.shape)} is expected")
+        packed = module in quantized and kind != "bias"
+        state[name] = tensor if packed else tensor.to(dtype)
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    absent = [name for name in missing if name not in tied]
+    if absent:
+        raise QuantkitError(f"{checkpoint.path}: tensor {absent[0]!r} is missing; the checkpoint is not complete")
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if left:
+        raise QuantkitError(f"{checkpoint.path}: nothing fills {left[0]!r}; the checkpoint is not complete")
+
+
+def _attach_quantizers(model: nn.Module, checkpoint: Checkpoint, info: QuantizationInfo) -> None:
+    """One KVQuantizer per attention layer, with its post-RoPE scale where the file has one."""
+    assert info.kv_cache
+    scales: dict[str, torch.Tensor] = {}
+    path = checkpoint.path / KV_FILE
+    if path.is_file():
+        try:
+            scales = load_file(str(path))
+        except (SafetensorError, OSError) as error:
+            raise QuantkitError(f"{path}: cannot be read ({error})") from None
+    elif info.meta.get("post_rope_scale"):
+        raise QuantkitError(f"{path}: is missing; the keys of this checkpoint cannot be read without it")
+    attentions: list[Any] = [m for m in model.modules() if hasattr(m, "k_proj") and hasattr(m, "layer_idx")]
+    for attention in attentions:
+        attention.kv_quantizer = KVQuantizer(info.kv_cache, scales.get(str(attention.layer_idx)))
+
+
+def _generation_config(model: Any, path: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (path / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(str(path))
+        except Exception as error:  # validation errors of several kinds
+            raise QuantkitError(f"{path / 'generation_config.json'}: not valid ({' '.join(str(error).split())[:120]})") from None

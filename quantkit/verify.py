@@ -1,0 +1,152 @@
+"""Proof that an output is whole: hashes, every target quantized, scales sound, names and shapes as servers want them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.calibration.data import read_text, tokenize
+from quantkit.errors import QuantkitError
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.config import QuantizationInfo, parse_quantization_config
+from quantkit.formats.packed import expected_tensors
+from quantkit.formats.writer import sha256
+from quantkit.models.names import find_model
+from quantkit.models.structure import build_skeleton, load_config
+
+_SANITY_TOKENS = 256
+# The mean token loss of a model that knows nothing is ln(vocabulary); a broken one lies well above it.
+_SANITY_MARGIN = 1.0
+
+
+@dataclass
+class Verification:
+    """What was checked, and what was found wrong (empty if nothing)."""
+
+    checks: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": not self.problems, "checks": self.checks, "problems": self.problems}
+
+
+def verify(model: str | Path, *, against: str | None = None) -> Verification:
+    """Check a quantized checkpoint.
+
+    Args:
+        model: the folder.
+        against: the original; every tensor of it must be there, quantized or byte for byte.
+
+    Raises:
+        QuantkitError: the checkpoint cannot be read at all, or was not written by quantkit.
+    """
+    path = find_model(str(model))
+    checkpoint = Checkpoint(path)
+    info = parse_quantization_config(checkpoint.config, str(path))
+    result = Verification()
+    _check_hashes(checkpoint, info, result)
+    _check_modules(checkpoint, info, result)
+    if against is not None:
+        _check_source(checkpoint, info, Checkpoint(find_model(against)), result)
+    if not result.problems:
+        _check_text(path, checkpoint, result)
+    return result
+
+
+def _check_hashes(checkpoint: Checkpoint, info: QuantizationInfo, result: Verification) -> None:
+    shards = info.meta.get("shards") or {}
+    if set(shards) != set(checkpoint.files):
+        result.problems.append(f"shards {sorted(checkpoint.files)} do not match the recorded {sorted(shards)}")
+    for name, want in shards.items():
+        file = checkpoint.path / name
+        if Path(name).name == name and file.is_file() and sha256(file) != want:
+            result.problems.append(f"{name}: its sha256 is not the recorded one; the file was changed or damaged")
+    result.checks.append(f"sha256 of {len(shards)} shard{'s' if len(shards) != 1 else ''}")
+
+
+def _check_modules(checkpoint: Checkpoint, info: QuantizationInfo, result: Verification) -> None:
+    skeleton = build_skeleton(load_config(checkpoint.config, str(checkpoint.path)), str(checkpoint.path))
+    linears: dict[str, Any] = {n: m for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
+    for name, scheme in info.schemes.items():
+        if name not in linears:
+            result.problems.append(f"{name}: recorded as quantized, the model has no such linear")
+            continue
+        rows, columns = linears[name].out_features, linears[name].in_features
+        for suffix, want in expected_tensors(scheme, rows, columns).items():
+            found = checkpoint.tensors.get(f"{name}.{suffix}")
+            if found is None or (found.dtype, found.shape) != want:
+                got = f"{found.dtype} {list(found.shape)}" if found else "missing"
+                result.problems.append(f"{name}.{suffix}: {got}, {want[0]} {list(want[1])} is expected")
+        scale_name = f"{name}.weight_scale"
+        if scale_name in checkpoint.tensors:
+            scale = checkpoint.load(scale_name).float()
+            if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
+                result.problems.append(f"{scale_name}: holds a scale that is zero, negative or not finite")
+        if scheme.weights.bits == 4 and f"{name}.weight" in checkpoint.tensors:
+            result.problems.append(f"{name}.weight: lies beside its packed form")
+    ignored = set(checkpoint.config["quantization_config"].get("ignore", []))
+    for name in linears.keys() - info.schemes.keys() - ignored:
+        result.problems.append(f"{name}: neither quantized nor in `ignore`")
+    result.checks.append(f"{len(info.schemes)} quantized linears: names, shapes, types, scales")
+
+
+def _check_source(
+    checkpoint: Checkpoint, info: QuantizationInfo, source: Checkpoint, result: Verification
+) -> None:
+    copied = 0
+    folded = _may_change(info)
+    for name, there in source.tensors.items():
+        module, _, kind = name.rpartition(".")
+        if module in info.schemes and kind == "weight":
+            continue
+        here = checkpoint.tensors.get(name)
+        if here is None:
+            result.problems.append(f"{name}: in the original, missing here")
+        elif (here.dtype, here.shape) != (there.dtype, there.shape):
+            result.problems.append(f"{name}: {here.dtype} {list(here.shape)} here, not as in the original")
+        elif not folded(name):
+            a, b = checkpoint.load(name), source.load(name)
+            # Bytes, not values: NaN differs from itself.
+            if not torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
+                result.problems.append(f"{name}: differs from the original")
+            copied += 1
+    result.checks.append(f"{len(source.tensors)} tensors of the original, {copied} of them byte for byte")
+
+
+def _may_change(info: QuantizationInfo) -> Any:
+    """Norms and biases of quantized layers may have taken in a factor; nothing else may differ."""
+    layers = {name.partition(".self_attn.")[0].partition(".mlp.")[0] + "." for name in info.schemes}
+    return lambda name: any(name.startswith(layer) for layer in layers) and (
+        "norm" in name or name.endswith(".bias")
+    )
+
+
+def _check_text(path: Path, checkpoint: Checkpoint, result: Verification) -> None:
+    """A short text must give finite logits and a loss below that of a model that knows nothing."""
+    from quantkit.pipeline import load_tokenizer
+    from quantkit.runtime.load import load
+
+    try:
+        tokenizer = load_tokenizer(path)
+    except QuantkitError:
+        result.checks.append("sanity text: skipped, there is no tokenizer")
+        return
+    model = load(path)
+    vocabulary = int(model.config.vocab_size)
+    tokens = tokenize(tokenizer, read_text("sample", split="test")[:4000])[:_SANITY_TOKENS]
+    length = min(tokens.numel(), int(getattr(model.config, "max_position_embeddings", 2048)))
+    ids = tokens[:length].clamp_max(vocabulary - 1)[None]
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits.float()
+    if not bool(torch.isfinite(logits).all()):
+        result.problems.append("sanity text: the model's outputs are not finite")
+        return
+    loss = float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]))
+    nothing = math.log(vocabulary)
+    if loss > nothing + _SANITY_MARGIN:
+        result.problems.append(f"sanity text: loss {loss:.2f} per token, worse than knowing nothing ({nothing:.2f})")
+    result.checks.append(f"sanity text: loss {loss:.2f} per token (knowing nothing: {nothing:.2f})")

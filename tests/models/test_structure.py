@@ -1,0 +1,65 @@
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, make_config
+
+from quantkit.errors import QuantkitError
+from quantkit.models.structure import LINEARS, build_skeleton, find_structure, load_config
+
+_TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_supported(model_type: str):
+    model = build_skeleton(make_config(model_type), model_type)
+    found = find_structure(model, model_type)
+    assert (found.num_layers, found.heads, found.kv_heads, found.head_dim) == (2, 4, 2, 64)
+    assert found.key_norm == (model_type == "qwen3")
+    assert set(found.shapes) == set(LINEARS)
+    assert found.shapes["mlp.down_proj"] == (256, 384)
+    assert len(list(found.modules())) == 14
+    assert all(p.is_meta for p in model.parameters())
+    assert not any(b.is_meta for b in model.buffers()), "RoPE's frequencies must be real"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [
+        ("gemma", "not a plain RMSNorm"),
+        ("gpt_neox", "layer 0 has"),
+        ("opt", "layer 0 has"),
+        ("mixtral", "layer 0 has linears"),
+        ("olmo2", "layer 0 has"),
+        ("gpt2", "layer 0 has"),
+        ("bert", "layer 0 has"),
+        ("t5", "not a causal language model"),
+        ("vit", "not a causal language model"),
+    ],
+)
+def test_refused_with_what_differs(model_type: str, says: str):
+    with pytest.raises(QuantkitError) as error:
+        find_structure(build_skeleton(load_config({"model_type": model_type} | _TINY, "m"), "m"), "m")
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [({}, "names no model_type"), ({"model_type": "nonesuch"}, "unknown"), ({"model_type": 3}, "model_type")],
+)
+def test_configs_that_are_none(config: dict, says: str):
+    with pytest.raises(QuantkitError, match=says):
+        load_config(config, "m")
+
+
+def test_remote_code_is_not_asked_for():
+    config = load_config(make_config("llama").to_dict() | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}, "m")
+    assert type(build_skeleton(config, "m")).__name__ == "LlamaForCausalLM"
+    assert torch.is_tensor(torch.ones(1))

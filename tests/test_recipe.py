@@ -1,0 +1,147 @@
+from pathlib import Path
+
+import pytest
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.scheme import ActivationFormat, Scheme, WeightFormat
+from quantkit.models.structure import build_skeleton, find_structure
+from quantkit.recipe import Recipe, recipe_names
+from tiny_models import make_config
+
+
+@pytest.fixture(scope="module")
+def structure():
+    return find_structure(build_skeleton(make_config("llama"), "tiny"), "tiny")
+
+
+@pytest.fixture(scope="module")
+def linears(structure):
+    return [name for name, _ in structure.modules()] + ["lm_head"]
+
+
+def test_every_recipe_of_the_package_resolves(structure, linears):
+    assert recipe_names() == [
+        "crossquant",
+        "crossquant-w4a8",
+        "fireq",
+        "int4",
+        "int8",
+        "quest-hadamard",
+        "quest-hadamard-w4a4",
+    ]
+    for name in recipe_names():
+        assert len(Recipe.load(name).resolve(structure, linears)) == 14
+
+
+def test_schemes_are_what_the_names_say():
+    module = "model.layers.0.mlp.up_proj"
+    assert Recipe.load("int4").scheme_of(module) == Scheme(WeightFormat(4, 128))
+    assert Recipe.load("int8").scheme_of(module) == Scheme(WeightFormat(8, None), ActivationFormat(8))
+    assert Recipe.load("crossquant-w4a8").scheme_of(module) == Scheme(WeightFormat(4, 128), ActivationFormat(8))
+    assert Recipe.load("fireq").scheme_of(module) == Scheme(
+        WeightFormat(4, 128, "fp8_channel"), ActivationFormat(8, "float")
+    )
+    assert Recipe.load("quest-hadamard-w4a4").scheme_of(module) == Scheme(
+        WeightFormat(4, 128, half=True), ActivationFormat(4, half=True), rotation=128
+    )
+
+
+def test_extends_merges_and_set_overrides(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: fireq\nweights: {clip: absmax}\n")
+    recipe = Recipe.load(str(path), ["weights.group_size=64", "kv_cache.scale=fp8"])
+    assert recipe.name == "mine"
+    assert recipe.weights.clip == "absmax"
+    assert recipe.weights.scale == "fp8_channel"
+    assert recipe.weights.group_size == 64
+    assert recipe.kv_cache is not None
+    assert recipe.kv_cache.scale == "fp8"
+
+
+def test_removing_the_cache_removes_what_serves_it_alone():
+    recipe = Recipe.load("fireq", ["kv_cache=null"])
+    assert recipe.kv_cache is None
+    assert recipe.rope_scaling is None
+
+
+def test_rules_give_a_module_another_scheme(structure, linears, tmp_path: Path):
+    path = tmp_path / "mixed.yaml"
+    path.write_text(
+        "extends: crossquant-w4a8\nrules:\n"
+        "  - match: '*.down_proj'\n    weights: {bits: 8, group_size: channel}\n"
+        "  - {match: '*.layers.0.self_attn.o_proj', skip: true}\n"
+    )
+    schemes = Recipe.load(str(path)).resolve(structure, linears)
+    assert schemes["model.layers.1.mlp.down_proj"].weights.bits == 8
+    assert schemes["model.layers.1.mlp.up_proj"].weights.bits == 4
+    assert "model.layers.0.self_attn.o_proj" not in schemes
+    assert "model.layers.1.self_attn.o_proj" in schemes
+
+
+@pytest.mark.parametrize(
+    ("yaml", "says"),
+    [
+        ("weights: {bits: 5}", "weights.bits: 5 is not supported; 4 or 8 is"),
+        ("weights: {bits: 8, group_size: channel, scale: fp8_channel}", "FP8 group scales; 4 is"),
+        ("weights: {bitz: 4}", "weights.bitz: unknown key; did you mean 'bits'?"),
+        ("weigths: {bits: 4}", "weigths: unknown key; did you mean 'weights'?"),
+        ("weights: {bits: four}", "weights.bits: 'four' is not supported"),
+        ("weights: 4", "weights:"),
+        ("{}", "weights: is required"),
+        ("weights: {}\nrotation: {block: 100}", "rotation.block: 100 is not a power of two"),
+        ("weights: {}\ncalibration: {samples: 0}", "calibration.samples"),
+        ("weights: {bits: 8, group_size: channel}", "INT8 activations only"),
+        ("weights: {grid: half}", "needs rotation"),
+        ("weights: [", "not valid YAML"),
+        ("- 1", "a mapping is expected, not list"),
+        ("extends: nothing-like-it\nweights: {}", "cannot be read"),
+        ("extends: me.yaml", "extends itself"),
+        ("weights: {}\nrope_scaling: {}", "there is none"),
+    ],
+)
+def test_a_bad_recipe_says_what_and_where(tmp_path: Path, yaml: str, says: str):
+    path = tmp_path / "me.yaml"
+    path.write_text(yaml)
+    with pytest.raises(QuantkitError, match="me.yaml|nothing-like-it") as error:
+        Recipe.load(str(path))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("weights.bitz=4", "'weights.bitz' is not a setting; weights.bits is"),
+        ("nope.bits=4", "is not a setting"),
+        ("weights.bits.more=4", "is not a setting"),
+        ("weights.bits", "path=value is expected"),
+        ("=4", "path=value is expected"),
+        ("weights.bits=[", "is not a YAML value"),
+    ],
+)
+def test_a_bad_setting_says_what(setting: str, says: str):
+    with pytest.raises(QuantkitError) as error:
+        Recipe.load("int4", [setting])
+    assert says in str(error.value)
+
+
+def test_an_unknown_name_suggests_the_nearest():
+    with pytest.raises(QuantkitError, match="did you mean 'fireq'"):
+        Recipe.load("firq")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["ignore=[lm_heat]"], "'lm_heat' matches no linear"),
+        (["rules=[{match: '*.upproj', skip: true}]"], "'*.upproj' matches no linear"),
+        (["weights.group_size=256"], "weights.group_size 256 does not divide the 384 in-features"),
+        (["rotation={block: 256}"], "rotation.block 256 does not divide the 384 in-features"),
+        (["ignore=['*']"], "nothing is left"),
+        (["rules=[{match: '*.q_proj', skip: true}]"], "are fused by servers"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_the_model(structure, linears, settings, says):
+    with pytest.raises(QuantkitError) as error:
+        Recipe.load("int4", settings).resolve(structure, linears)
+    assert says in str(error.value)
