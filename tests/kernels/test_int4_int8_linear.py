@@ -60,7 +60,7 @@ def test_opcheck(int4_weight) -> None:
 def test_bad_input(int4_weight) -> None:
     weight = int4_weight(32, 256, 128)
     xq, x_scale = quantize_int8(torch.randn(2, 256))
-    with pytest.raises(ValueError, match="x must be torch.int8"):
+    with pytest.raises(ValueError, match=r"x must be torch\.int8"):
         int4_int8_linear(xq.float(), x_scale, weight.packed, weight.scale)
     with pytest.raises(ValueError, match=r"x must be \[..., 256\].*\(2, 128\)"):
         int4_int8_linear(xq[:, :128], x_scale, weight.packed, weight.scale)

@@ -66,5 +66,5 @@ def test_bad_input() -> None:
         int8_linear(xq, x_scale, weight.float(), scale)
     with pytest.raises(ValueError, match=r"bias must be \[32\]"):
         int8_linear(xq, x_scale, weight, scale, torch.zeros(3))
-    with pytest.raises(ValueError, match="x must be torch.int8"):
+    with pytest.raises(ValueError, match=r"x must be torch\.int8"):
         int8_linear(xq.float(), x_scale, weight, scale)

@@ -1,0 +1,328 @@
+"""Train the small Llama that ships in ``quantkit/assets/llama``, from the text to the checkpoint.
+
+The text is the King James Bible as Debian's ``bible-kjv`` package prints it. Whole chapters, spread
+evenly over the books, are held out; the tokenizer and the model see the others only.
+
+    python examples/train_bundled_llama.py            # text, tokenizer, model, perplexity
+    python examples/train_bundled_llama.py --evaluate # only the perplexity of what is there
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+ASSETS = Path(__file__).resolve().parents[1] / "quantkit" / "assets"
+WINDOW = 512
+HELD_OUT_EVERY = 19
+CALIBRATION_EVERY = 26
+SPECIAL_TOKENS = ["<s>", "</s>", "<pad>"]
+# The model is no chat model: the template only has to be a valid one for code that applies it.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+)
+BOOKS = (
+    "Genesis|Exodus|Leviticus|Numbers|Deuteronomy|Joshua|Judges|Ruth|1 Samuel|2 Samuel|1 Kings|"
+    "2 Kings|1 Chronicles|2 Chronicles|Ezra|Nehemiah|Esther|Job|Psalms|Proverbs|Ecclesiastes|"
+    "Song of Solomon|Isaiah|Jeremiah|Lamentations|Ezekiel|Daniel|Hosea|Joel|Amos|Obadiah|Jonah|"
+    "Micah|Nahum|Habakkuk|Zephaniah|Haggai|Zechariah|Malachi|Matthew|Mark|Luke|John|Acts|Romans|"
+    "1 Corinthians|2 Corinthians|Galatians|Ephesians|Philippians|Colossians|1 Thessalonians|"
+    "2 Thessalonians|1 Timothy|2 Timothy|Titus|Philemon|Hebrews|James|1 Peter|2 Peter|1 John|"
+    "2 John|3 John|Jude|Revelation"
+).split("|")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training run is made of; the defaults made the bundled checkpoint."""
+
+    epochs: int
+    minutes: float
+    batch: int
+    matrix_lr: float
+    other_lr: float
+    weight_decay: float
+    dropout: float
+    seed: int
+
+
+def read_chapters() -> list[str]:
+    """The Bible as one string per chapter: a heading, a blank line, one verse per line."""
+    command = ["bible", "-f", "gen1:1-rev22:21"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    books = iter(BOOKS)
+    chapters: list[list[str]] = []
+    book = abbreviation = number = ""
+    for line in lines:
+        match = re.fullmatch(r"(\d?[A-Za-z]+)(\d+):\d+ (.*)", line)
+        if match is None:
+            raise ValueError(f"not a verse: {line!r}")
+        if match[1] != abbreviation:
+            abbreviation, number, book = match[1], "", next(books)
+        if match[2] != number:
+            number = match[2]
+            chapters.append([f"{book} {number}", ""])
+        chapters[-1].append(" ".join(match[3].split()))
+    return ["\n".join(chapter) + "\n\n" for chapter in chapters]
+
+
+def split_chapters(chapters: list[str]) -> tuple[list[str], list[str]]:
+    """Training and held-out chapters; one in ``HELD_OUT_EVERY`` is held out."""
+    middle = HELD_OUT_EVERY // 2
+    held_out = chapters[middle::HELD_OUT_EVERY]
+    training = [c for i, c in enumerate(chapters) if i % HELD_OUT_EVERY != middle]
+    return training, held_out
+
+
+def train_tokenizer(chapters: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that puts the beginning-of-sequence token first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(chapters, trainer)
+    bos = SPECIAL_TOKENS[0]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, 0)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=SPECIAL_TOKENS[0],
+        eos_token=SPECIAL_TOKENS[1],
+        pad_token=SPECIAL_TOKENS[2],
+        model_max_length=WINDOW,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A Llama with grouped-query attention whose bf16 weights stay below 10,000,000 bytes."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=WINDOW,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+    )
+    return model
+
+
+def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
+    """Drop parts of the embeddings and of every branch's output while training.
+
+    Hooks, because Llama has no such dropout of its own and the checkpoint must stay a plain Llama.
+    """
+
+    def hook(module: nn.Module, _: object, output: Tensor | tuple) -> Tensor | tuple:
+        if not module.training:
+            return output
+        if isinstance(output, tuple):
+            return (nn.functional.dropout(output[0], rate), *output[1:])
+        return nn.functional.dropout(output, rate)
+
+    model.model.embed_tokens.register_forward_hook(hook)
+    model.model.norm.register_forward_hook(hook)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(hook)
+        layer.mlp.register_forward_hook(hook)
+
+
+def training_batches(
+    chapters: list[Tensor], bos: int, batch: int, rng: random.Random
+) -> Iterator[Tensor]:
+    """One epoch of windows over whole chapters, in a new order and from a new offset each time.
+
+    Every pass leaps over the chapters with a stride, as the held-out file does: neighbours in a
+    window come from the same book, but do not continue each other.
+    """
+    stride = rng.randrange(HELD_OUT_EVERY - 8, HELD_OUT_EVERY + 9)
+    phases = rng.sample(range(stride), stride)
+    stream = torch.cat([chapter for phase in phases for chapter in chapters[phase::stride]])
+    windows = list(stream[rng.randrange(WINDOW) :].split(WINDOW))[:-1]
+    rng.shuffle(windows)
+    for start in range(0, len(windows) - batch + 1, batch):
+        ids = torch.stack(windows[start : start + batch])
+        # A text may begin anywhere: the first token of some windows gives way to <s>.
+        ids[torch.rand(batch) < 0.25, 0] = bos
+        yield ids
+
+
+def schedule(progress: float) -> float:
+    """Learning-rate factor: a short warm-up, a plateau, then a straight line to zero."""
+    return min(1.0, progress / 0.02 + 0.01, max(0.0, (1.0 - progress) / 0.7))
+
+
+@torch.inference_mode()
+def perplexity(model: nn.Module, ids: Tensor) -> float:
+    """exp of the mean token loss over consecutive full windows; the last partial one is dropped."""
+    model.eval()
+    windows = ids[: ids.numel() // WINDOW * WINDOW].view(-1, WINDOW)
+    losses = [model(input_ids=w, labels=w).loss.double() for w in windows.split(1)]
+    return math.exp(torch.stack(losses).mean().item())
+
+
+def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for the embeddings and the norms."""
+    named = list(model.named_parameters())
+    matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in named if p.ndim != 2 or "embed" in n]
+    return [
+        torch.optim.Muon(
+            matrices,
+            lr=settings.matrix_lr,
+            weight_decay=settings.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(others, lr=settings.other_lr, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+
+def save(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write the weights as bf16, in one file."""
+    copy = LlamaForCausalLM(model.config)
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = model.generation_config
+    copy.to(torch.bfloat16).save_pretrained(folder)
+
+
+def train(
+    model: LlamaForCausalLM, chapters: list[Tensor], held_out: Tensor, out: Path, settings: Settings
+) -> None:
+    """Train within the time limit; the averaged weights are saved after every epoch."""
+    rng = random.Random(settings.seed)
+    add_dropout(model, settings.dropout)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.98))
+    optimizers = make_optimizers(model, settings)
+    total = sum(c.numel() for c in chapters) // WINDOW // settings.batch * settings.epochs
+    began, step = time.monotonic(), 0
+
+    def progress() -> float:
+        return max(step / total, (time.monotonic() - began) / 60 / settings.minutes)
+
+    schedulers = [LambdaLR(o, lambda _: schedule(progress())) for o in optimizers]
+    for epoch in range(settings.epochs + 1):
+        total_loss, batches = 0.0, 0
+        for ids in training_batches(chapters, model.config.bos_token_id, settings.batch, rng):
+            if progress() >= 1:
+                break
+            model.train()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+            average.update_parameters(model)
+            total_loss, batches, step = total_loss + loss.item(), batches + 1, step + 1
+            if step % 50 == 0:
+                print(f"step {step}/{total} progress {progress():.3f} loss {loss:.3f}", flush=True)
+        save(average.module, out)
+        print(
+            f"epoch {epoch} step {step}/{total} minute {(time.monotonic() - began) / 60:.1f} "
+            f"train {total_loss / max(batches, 1):.3f} "
+            f"held-out perplexity {perplexity(average.module, held_out):.3f}",
+            flush=True,
+        )
+        if progress() >= 1:
+            break
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str, bos: bool) -> Tensor:
+    """Token ids of a text, at any length."""
+    return torch.tensor(tokenizer(text, add_special_tokens=bos, verbose=False)["input_ids"])
+
+
+def report(out: Path) -> None:
+    """Perplexity of the saved checkpoint, and how it goes on from a prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(out / "llama")
+    model = AutoModelForCausalLM.from_pretrained(out / "llama", dtype=torch.bfloat16)
+    ids = encode(tokenizer, (out / "texts" / "sample.txt").read_text(encoding="utf-8"), True)
+    size = (out / "llama" / "model.safetensors").stat().st_size
+    print(f"{model.num_parameters():,} parameters, {size:,} bytes, {ids.numel():,} tokens")
+    print(f"held-out perplexity (bf16): {perplexity(model, ids):.3f}")
+    prompt = tokenizer("In the beginning", return_tensors="pt", return_token_type_ids=False)
+    print(tokenizer.decode(model.generate(**prompt, max_new_tokens=30)[0]))
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder that gets llama/ and texts/.")] = ASSETS,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Do not train.")] = False,
+    epochs: Annotated[int, typer.Option(help="Passes over the training text.")] = 14,
+    minutes: Annotated[float, typer.Option(help="Time limit; the schedule ends with it.")] = 55.0,
+    batch: Annotated[int, typer.Option(help="Windows of 512 tokens per step.")] = 8,
+    matrix_lr: Annotated[float, typer.Option(help="Learning rate of Muon.")] = 5e-3,
+    other_lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 3e-3,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of the matrices.")] = 0.2,
+    dropout: Annotated[float, typer.Option(help="Dropout rate of every branch.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and dropout.")] = 0,
+) -> None:
+    """Build the bundled texts, tokenizer and model."""
+    if not evaluate:
+        training, held_out = split_chapters(read_chapters())
+        tokenizer = train_tokenizer(training, 4096)
+        tokenizer.save_pretrained(out / "llama")
+        sample = "".join(held_out)
+        calibration = "".join(training[CALIBRATION_EVERY // 2 :: CALIBRATION_EVERY])
+        (out / "texts").mkdir(parents=True, exist_ok=True)
+        (out / "texts" / "sample.txt").write_text(sample, encoding="utf-8")
+        (out / "texts" / "calibration.txt").write_text(calibration, encoding="utf-8")
+        chapters = [encode(tokenizer, chapter, False) for chapter in training]
+        sizes = [encode(tokenizer, text, False).numel() for text in (sample, calibration)]
+        print(f"tokens: training {sum(map(len, chapters)):,}, held out, calibration: {sizes}")
+        model = build_model(tokenizer, seed)
+        settings = Settings(
+            epochs, minutes, batch, matrix_lr, other_lr, weight_decay, dropout, seed
+        )
+        train(model, chapters, encode(tokenizer, sample, True), out / "llama", settings)
+    report(out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

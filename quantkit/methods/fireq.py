@@ -1,0 +1,120 @@
+"""FireQ's factors: channel-wise scaling of linears, and the RoPE-aware scaling of keys.
+
+Source: arXiv 2505.20839. A linear's factor d [K] divides the activation and multiplies the weight's columns.
+A key's factor multiplies the key and divides the query, so the scores stay as they are. RoPE in the
+half-split layout turns channel i with its partner i + D/2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SCALE_RANGE = {
+    torch.bfloat16: (torch.finfo(torch.bfloat16).tiny, torch.finfo(torch.bfloat16).max),
+    torch.float8_e4m3fn: (2.0**-9, 448.0),
+}
+
+
+def constant_factor(weight_absmax: Tensor, constant: float) -> Tensor:
+    """constant / absmax [K]: every column of the weight gets the same maximum. 1 for a column of zeros.
+
+    Args:
+        weight_absmax: [K], each column's largest magnitude (over all linears that share the input).
+        constant: FireQ's script for Llama-3-8B has 0.0096 for gate and up, 0.015 for down.
+
+    Raises:
+        ValueError: the constant is not positive.
+    """
+    return _over(weight_absmax, constant)
+
+
+def pair_magnitude(keys: Tensor) -> Tensor:
+    """max_t sqrt(k_i^2 + k_(i+D/2)^2) of `keys` [..., T, D]: [..., D], alike on both members of a pair.
+
+    A rotation does not change a pair's norm: keys before and after RoPE give the same.
+
+    Raises:
+        ValueError: D is odd.
+    """
+    first, second = _halves(keys.float())
+    largest = torch.hypot(first, second).amax(-2)
+    return torch.cat([largest, largest], -1)
+
+
+def rope_pre_factor(pair_absmax: Tensor, alpha: float) -> Tensor:
+    """a = alpha / max_t sqrt(k_i^2 + k_(i+D/2)^2), for the rows of k_proj; its inverse for q_proj's.
+
+    Args:
+        pair_absmax: [H, D], as `pair_magnitude` gives it; the larger of two members counts for both.
+        alpha: what each pair's largest norm becomes.
+
+    Returns:
+        float32 [H, D], alike on both members of a pair, which is what lets it pass through RoPE. 1 where a
+        key is always zero.
+
+    Raises:
+        ValueError: D is odd or alpha is not positive.
+    """
+    first, second = _halves(pair_absmax)
+    largest = torch.maximum(first, second)
+    return _over(torch.cat([largest, largest], -1), alpha)
+
+
+def rope_post_factor(key_absmax: Tensor, beta: float, top_k: int) -> tuple[Tensor, Tensor]:
+    """Factors for rotated keys: beta / max_t |k_j| on the largest channels and their partners, else 1.
+
+    Args:
+        key_absmax: [H, D], each channel's largest magnitude after RoPE.
+        beta: what those channels' maximum becomes.
+        top_k: channels taken per head, before their partners are added; FireQ takes 3.
+
+    Returns:
+        b float32 [H, D], and taken bool [H, D]. Where a pre factor is used too, it is 1 where taken.
+
+    Raises:
+        ValueError: D is odd, beta is not positive, or there are no `top_k` channels.
+    """
+    _halves(key_absmax)
+    size = key_absmax.shape[-1]
+    if not 0 <= top_k <= size:
+        raise ValueError(f"top_k must be 0 to {size}, the head's size, not {top_k}")
+    taken = torch.zeros_like(key_absmax, dtype=torch.bool)
+    taken.scatter_(-1, key_absmax.topk(top_k, -1).indices, True)
+    taken |= taken.roll(size // 2, -1)
+    return torch.where(taken, _over(key_absmax, beta), 1.0), taken
+
+
+def kv4_fake_quantize(x: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """`x` [..., D] as the INT4 cache gives it back, float32: symmetric, one scale per row.
+
+    The scale amax / 7 is rounded to its storage type first, then codes = clamp(round(x / scale), -7, 7).
+
+    Args:
+        x: keys (after RoPE) or values.
+        scale_dtype: torch.bfloat16 or torch.float8_e4m3fn.
+
+    Raises:
+        ValueError: another scale type.
+    """
+    if scale_dtype not in _SCALE_RANGE:
+        raise ValueError(f"a cache's scale is bfloat16 or float8_e4m3fn, not {scale_dtype}")
+    x = x.float()
+    scale = (x.abs().amax(-1, keepdim=True) / 7).clamp(*_SCALE_RANGE[scale_dtype])
+    scale = scale.to(scale_dtype).float()
+    return (x / scale).round().clamp(-7, 7) * scale
+
+
+def _over(absmax: Tensor, target: float) -> Tensor:
+    """target / absmax in float32, 1 where that is no positive, finite number."""
+    if not target > 0:
+        raise ValueError(f"a factor's target must be positive, not {target}")
+    factor = target / absmax.float()
+    return torch.where(torch.isfinite(factor) & (factor > 0), factor, 1.0)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    size = x.shape[-1]
+    if size % 2:
+        raise ValueError(f"a head of {size} channels has no RoPE pairs")
+    return x[..., : size // 2], x[..., size // 2 :]

@@ -1,0 +1,152 @@
+"""GPTQ: rounding a weight column by column, each error made up for by the columns that follow.
+
+Source: Frantar et al., arXiv 2210.17323, algorithm 1. With H = 2 X^T X, the inputs' Hessian, and U the upper
+Cholesky factor of H^-1 (H^-1 = U^T U), column j is rounded and its error e_j = (w_j - q_j) / U_jj is taken
+off every later column: w_k -= e_j U_jk. The scales are given and stay: this module only chooses the codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.methods.rounding import Grid, quantize
+
+_RETRIES = 3
+# Below this size a triangular matrix is inverted by substitution, above it by halves.
+_LEAF = 512
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    """Codes int8 [N, K]; the damping used last; whether plain rounding had to do instead."""
+
+    codes: Tensor
+    damping: float
+    fell_back: bool
+
+
+def accumulate_hessian(hessian: Tensor, x: Tensor) -> None:
+    """Add 2 X^T X of the rows `x` [T, K] to `hessian` float32 [K, K], in place (it is an accumulator)."""
+    x = x.to(hessian.dtype)
+    hessian.addmm_(x.T, x, alpha=2.0)
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    grid: Grid,
+    *,
+    damping: float = 0.01,
+    block: int = 128,
+    act_order: bool = False,
+) -> GptqResult:
+    """Round `weight` to the levels of `scale`, with the least output error GPTQ can reach.
+
+    Args:
+        weight: [N, K].
+        hessian: [K, K], 2 X^T X up to a factor. Inputs that were always zero (zero diagonal) are rounded
+            plainly and compensate nothing.
+        scale: [N, G], fixed; group i holds columns i * K / G to (i + 1) * K / G, in whatever order they are
+            visited.
+        grid: the levels.
+        damping: share of the mean diagonal added to the diagonal; where the Cholesky fails, ten times as
+            much, at most three times.
+        block: columns whose updates of later columns are applied together.
+        act_order: visit the columns with the largest diagonal first.
+
+    Returns:
+        The codes. A Hessian that cannot be used (NaN, infinity, indefinite beyond damping) is no error:
+        the codes are then plain rounding's and `fell_back` is true.
+
+    Raises:
+        ValueError: shapes do not fit, or `damping` or `block` is not positive.
+    """
+    columns = weight.shape[1]
+    if hessian.shape != (columns, columns):
+        raise ValueError(f"the Hessian of {columns} inputs cannot have shape {list(hessian.shape)}")
+    if scale.shape[0] != weight.shape[0] or columns % scale.shape[1]:
+        raise ValueError(f"scales {list(scale.shape)} do not fit a weight {list(weight.shape)}")
+    if not damping > 0 or block < 1:
+        raise ValueError(f"damping and block must be positive, not {damping} and {block}")
+
+    order = torch.arange(columns, device=weight.device)
+    if act_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+    factor, damping = _inverse_factor(hessian, order, damping)
+    if factor is None:
+        return GptqResult(quantize(weight, scale, grid), damping, True)
+    # Transposed: a column of the weight is then contiguous, and updates run along memory.
+    work = weight.float().T[order]
+    groups = order // (columns // scale.shape[1])
+    visited = _compensate(work, factor, scale.float().T.contiguous(), groups.tolist(), grid, block)
+    codes = torch.empty_like(visited)
+    codes[order] = visited
+    return GptqResult(codes.T.contiguous(), damping, False)
+
+
+def _compensate(
+    work: Tensor, factor: Tensor, scale: Tensor, groups: list[int], grid: Grid, block: int
+) -> Tensor:
+    """The loop of GPTQ on `work` [K, N] (consumed), `factor` = U [K, K] and `scale` [G, N]: codes [K, N]."""
+    columns = work.shape[0]
+    codes = torch.empty_like(work, dtype=torch.int8)
+    diagonal = factor.diagonal().tolist()
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        errors = torch.empty_like(work[start:stop])
+        for j in range(start, stop):
+            level = scale[groups[j]]
+            codes[j] = grid.encode(work[j], level)
+            error = (work[j] - grid.decode(codes[j], level)) / diagonal[j]
+            work[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1.0)
+            errors[j - start] = error
+        work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1.0)
+    return codes
+
+
+def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor | None, float]:
+    """U float32 [K, K], upper, with U^T U the inverse of the damped, reordered Hessian; None where it fails.
+
+    With J the reversal of rows and columns, J H J = L L^T gives H = R R^T for the upper R = J L J, and so
+    H^-1 = U^T U for U = R^-1: one Cholesky and one triangular inverse, without forming H^-1.
+    """
+    diagonal = hessian.diagonal().double()
+    dead = diagonal == 0
+    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    if not bool(torch.isfinite(hessian).all()) or not mean > 0:
+        return None, damping
+    # U's scale cancels in the updates, so the mean diagonal may be 1: nothing over- or underflows.
+    matrix = hessian[order][:, order].flip(0, 1).double().div_(mean)
+    dead = dead[order].flip(0)
+    matrix[dead] = 0
+    matrix[:, dead] = 0
+    matrix.diagonal()[dead] = 1
+    added = 0.0
+    for attempt in range(_RETRIES + 1):
+        damping = damping * 10 if attempt else damping
+        matrix.diagonal().add_(damping - added)
+        added = damping
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) == 0:
+            upper = _invert_lower(lower).flip(0, 1).float()
+            if bool(torch.isfinite(upper).all()):
+                return upper.contiguous(), damping
+    return None, damping
+
+
+def _invert_lower(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix; by halves, so that most of the work is a matrix product."""
+    size = lower.shape[0]
+    if size <= _LEAF:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, identity, upper=False)
+    half = size // 2
+    first, last = _invert_lower(lower[:half, :half]), _invert_lower(lower[half:, half:])
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[half:, :half] = -(last @ lower[half:, :half] @ first)
+    return inverse

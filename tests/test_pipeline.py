@@ -1,0 +1,176 @@
+"""The main job's output: whole, repeatable, bounded, and nothing of the source lost."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import save_model
+
+from quantkit import Recipe, quantize
+from quantkit.errors import InternalError
+from quantkit.formats.checkpoint import INDEX, Checkpoint
+from quantkit.recipe import recipe_names
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_sizes_are_as_planned(quantized, tiny, recipe: str):
+    folder = quantized(recipe)
+    report = json.loads((folder / "quantkit" / "report.json").read_text())
+    assert Checkpoint(folder).bytes == report["total_bytes"]["after"]
+    assert Checkpoint(tiny()).bytes == report["total_bytes"]["before"]
+    ratio = report["linear_bytes"]["after"] / report["linear_bytes"]["before"]
+    assert ratio < (0.51 if "W8" in report["layers"][0]["linears"]["mlp.up_proj"]["scheme"] else 0.27)
+
+
+def test_the_report_says_what_was_done(quantized):
+    report = json.loads((quantized("fireq") / "quantkit" / "report.json").read_text())
+    assert report["recipe"]["name"] == "fireq"
+    assert report["calibration"]["samples"] == 16
+    assert len(report["calibration"]["sha256"]) == 64
+    assert len(report["layers"]) == 2
+    for layer in report["layers"]:
+        assert set(layer["factors"]) == {"qkv", "o", "gate_up", "down"}
+        assert 0 < layer["output_error"] < 0.1
+        for linear in layer["linears"].values():
+            assert 0 < linear["output_error"] < linear["weight_error"] * 2
+            assert linear["fell_back"] is False
+
+
+def test_the_same_inputs_give_the_same_bytes(tiny, text: Path, tmp_path: Path):
+    def once(name: str, seed: int) -> dict[str, bytes]:
+        quantize(str(tiny()), "fireq", tmp_path / name, calib=str(text), samples=8, seqlen=64, seed=seed)
+        return {f.name: f.read_bytes() for f in (tmp_path / name).rglob("*.safetensors")}
+
+    first = once("a", 0)
+    assert set(first) == {"model.safetensors", "kv.safetensors"}
+    assert once("b", 0) == first
+    assert once("c", 1) != first
+
+
+def test_shards_are_written_as_layers_finish(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from quantkit import pipeline
+    from quantkit.formats.writer import OutputFolder
+
+    class Small(OutputFolder):
+        def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+            super().__init__(path, overwrite=overwrite, shard_bytes=200_000)
+
+    monkeypatch.setattr(pipeline, "OutputFolder", Small)
+    quantize(str(tiny()), "int4", tmp_path / "out")
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) >= 3
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    monkeypatch.undo()
+    quantize(str(tiny()), "int4", tmp_path / "one")
+    one, many = Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "out")
+    assert one.tensors.keys() == many.tensors.keys()
+    for name in one.tensors:
+        assert torch.equal(one.load(name), many.load(name))
+
+
+def test_tensors_that_transformers_does_not_know_survive(tiny, tmp_path: Path):
+    source = Path(shutil.copytree(tiny(), tmp_path / "model"))
+    tensors = load_file(source / "model.safetensors")
+    extra = {"mtp.head.weight": torch.randn(4, 4).bfloat16(), "model.layers.0.self_attn.extra": torch.arange(3)}
+    save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
+    # Within a layer an unknown tensor is copied; it is no parameter that a transform could miss.
+    quantize(str(source), "int4", tmp_path / "out")
+    out = Checkpoint(tmp_path / "out")
+    for name, tensor in extra.items():
+        assert torch.equal(out.load(name), tensor)
+
+
+def test_everything_unquantized_is_copied_byte_for_byte(quantized, tiny):
+    source, out = Checkpoint(tiny()), Checkpoint(quantized("int4"))
+    for name in source.tensors:
+        if name in out.tensors:
+            assert torch.equal(out.load(name), source.load(name)), name
+    assert "model.embed_tokens.weight" in out.tensors
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (quantized("int4") / file).read_bytes() == (tiny() / file).read_bytes()
+    config = json.loads((quantized("int4") / "config.json").read_text())
+    config.pop("quantization_config")
+    assert config == json.loads((tiny() / "config.json").read_text())
+
+
+def test_biases_are_kept(quantized, tiny):
+    source, out = Checkpoint(tiny("qwen2")), Checkpoint(quantized("int4", "qwen2"))
+    name = "model.layers.0.self_attn.k_proj.bias"
+    assert torch.equal(out.load(name), source.load(name))
+    # FireQ's RoPE factors scale a key's bias with its row.
+    assert not torch.equal(Checkpoint(quantized("fireq", "qwen2")).load(name), source.load(name))
+
+
+def test_a_sharded_source_gives_the_same_output(tiny, tmp_path: Path):
+    source = save_model(tmp_path / "sharded", shard_size="1MB")
+    assert len(Checkpoint(source).files) > 1
+    quantize(str(source), "int4", tmp_path / "a")
+    quantize(str(tiny()), "int4", tmp_path / "b")
+    assert not (tmp_path / "a" / INDEX).exists()
+    a, b = Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "b")
+    assert all(torch.equal(a.load(n), b.load(n)) for n in a.tensors)
+
+
+def test_the_model_that_is_saved_is_the_one_that_was_calibrated(tiny, text: Path, tmp_path: Path):
+    """The last layer's outputs in calibration are those of the packed model that is loaded afterwards."""
+    from quantkit import pipeline
+    from quantkit.runtime.load import load
+
+    kept = {}
+    original = pipeline._copy_the_rest
+
+    def spy(plan, folder):
+        kept["hidden"] = STREAM[-1].hidden.clone()
+        original(plan, folder)
+
+    STREAM = []
+    stream_class = pipeline.LayerStream
+
+    def make(*arguments):
+        STREAM.append(stream_class(*arguments))
+        kept["tokens"] = arguments[3]
+        return STREAM[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "LayerStream", make)
+        patch.setattr(pipeline, "_copy_the_rest", spy)
+        quantize(str(tiny("qwen3")), "fireq", tmp_path / "out", calib=str(text), samples=4, seqlen=64)
+    model = load(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        hidden = model.model(kept["tokens"], use_cache=False, output_hidden_states=True).hidden_states
+        # transformers' last hidden state has gone through the final norm.
+        want = model.model.norm(kept["hidden"])
+    assert float((hidden[-1] - want).norm() / want.norm()) < 5e-3
+
+
+def test_gptq_and_factors_pay(tiny, text: Path, tmp_path: Path):
+    """Less output error than plain rounding, on the same model and text."""
+
+    def errors(name: str, *settings: str) -> list[float]:
+        recipe = Recipe.load("fireq", ["rope_scaling=null", "kv_cache=null", *settings])
+        report = quantize(str(tiny()), recipe, tmp_path / name, calib=str(text), samples=32, seqlen=128)
+        return [layer["output_error"] for layer in report["layers"]]
+
+    plain = errors("plain", "weights.rounding=nearest", "weights.clip=absmax")
+    full = errors("full")
+    assert all(f < 0.8 * p for f, p in zip(full, plain))
+
+
+def test_an_output_that_does_not_verify_is_a_failure(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from quantkit import layer, pipeline
+
+    real = pipeline.packed_tensors
+
+    def damaged(codes, scale, scheme):
+        tensors = real(codes, scale, scheme)
+        tensors["weight_scale"][0, 0] = 0
+        return tensors
+
+    monkeypatch.setattr(pipeline, "packed_tensors", damaged)
+    with pytest.raises(InternalError, match="zero, negative or not finite"):
+        quantize(str(tiny()), "int4", tmp_path / "out")
+    assert layer is not None
