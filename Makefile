@@ -19,10 +19,10 @@ demo: setup
 	$(BIN)/quantkit generate llama-fireq "In the beginning" --max-new-tokens 32
 
 test: setup
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
 
 test-slow: setup
-	$(BIN)/python -m pytest -m 'slow and not gpu'
+	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu'
 
 lint: setup
 	$(BIN)/ruff check .

@@ -66,9 +66,15 @@ def quantize_layer(
         result.post_scale = _scale_keys(layer, recipe, structure, keys)
     for group in INPUT_GROUPS:
         scheme = schemes.get(prefix + group.linears[0])
-        if scheme is None or not recipe.channel_scaling or group.name not in recipe.channel_scaling.places:
+        if (
+            scheme is None
+            or not recipe.channel_scaling
+            or group.name not in recipe.channel_scaling.places
+        ):
             continue
-        factor, figures = choose_factor(layer, group, recipe, prefix, scheme, inputs[group.name], structure)
+        factor, figures = choose_factor(
+            layer, group, recipe, prefix, scheme, inputs[group.name], structure
+        )
         if factor is not None:
             factors[group.name] = fold_factor(layer, group, factor, structure, norm_dtype)
         result.report["factors"][group.name] = figures
@@ -78,8 +84,12 @@ def quantize_layer(
             if scheme is None:
                 continue
             stats = inputs.get(group.name)
-            hessian = stats.hessian_after(factors.get(group.name), scheme.rotation) if stats else None
-            _quantize_linear(layer, name, recipe, recipe.weights_of(prefix + name), scheme, hessian, result)
+            hessian = (
+                stats.hessian_after(factors.get(group.name), scheme.rotation) if stats else None
+            )
+            _quantize_linear(
+                layer, name, recipe, recipe.weights_of(prefix + name), scheme, hessian, result
+            )
     return result
 
 
@@ -87,7 +97,8 @@ def _scale_keys(
     layer: nn.Module, recipe: Recipe, structure: Structure, keys: KeyStatistics
 ) -> torch.Tensor | None:
     """FireQ's two factors on keys: folds the one before RoPE, returns the one after it."""
-    assert recipe.rope_scaling and keys.absmax is not None and keys.pairs is not None
+    assert recipe.rope_scaling and keys.absmax is not None
+    assert keys.pairs is not None
     scaling = recipe.rope_scaling
     post, taken = None, torch.zeros_like(keys.absmax, dtype=torch.bool)
     if scaling.beta is not None and scaling.top_k:
@@ -130,11 +141,15 @@ def choose_factor(
         partial(_round_input, scheme=scheme),
         partial(_round_weight, weights=recipe.weights_of(prefix + group.linears[0]), scheme=scheme),
     )
-    chosen = next((e for e, d in zip(exponents, candidates) if d is best or torch.equal(d, best)), None)
+    chosen = next(
+        (e for e, d in zip(exponents, candidates) if d is best or torch.equal(d, best)), None
+    )
     return best, {"method": method, "exponent": chosen, "errors": [float(e) for e in errors]}
 
 
-def _factor(method: str, exponent: float, stats: InputStatistics, weights: list[torch.Tensor]) -> torch.Tensor:
+def _factor(
+    method: str, exponent: float, stats: InputStatistics, weights: list[torch.Tensor]
+) -> torch.Tensor:
     stacked = torch.cat([w.detach() for w in weights])
     if method == "awq":
         d = smoothing.awq_factor(stats.mean_abs, exponent)
@@ -179,7 +194,11 @@ def weight_scale(
         scale = rounding.mse_scale(weight, form.group_size, grid, importance)
     else:
         scale = rounding.absmax_scale(weight, form.group_size, grid)
-    return fp8_scales.store_fp8_tensor(scale, weight) if form.scale == "fp8_tensor" else _STORE[form.scale](scale)
+    return (
+        fp8_scales.store_fp8_tensor(scale, weight)
+        if form.scale == "fp8_tensor"
+        else _STORE[form.scale](scale)
+    )
 
 
 def _quantize_linear(
@@ -228,4 +247,6 @@ def _relative(error: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor |
     """Squared error over squared weight, both seen through the inputs if a Hessian is given."""
     if hessian is None:
         return float(error.square().sum() / weight.square().sum().clamp_min(1e-30))
-    return float(((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum().clamp_min(1e-30))
+    return float(
+        ((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum().clamp_min(1e-30)
+    )

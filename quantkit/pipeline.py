@@ -75,17 +75,25 @@ def quantize(
     where = _device(device)
     for name, value in (("samples", samples), ("seqlen", seqlen)):
         if value is not None and value < (1 if name == "samples" else 2):
-            raise QuantkitError(f"--{name} {value}: at least {1 if name == 'samples' else 2} is needed")
+            raise QuantkitError(
+                f"--{name} {value}: at least {1 if name == 'samples' else 2} is needed"
+            )
     plan = make_plan(model, recipe, samples=samples, seqlen=seqlen)
     if seqlen is not None and seqlen > plan.structure.max_positions:
-        raise QuantkitError(f"--seqlen {seqlen}: the model was made for at most {plan.structure.max_positions} tokens")
+        raise QuantkitError(
+            f"--seqlen {seqlen}: the model was made for at most {plan.structure.max_positions} tokens"
+        )
     path = Path(output) if output is not None else default_output(model, recipe)
     tell = progress or (lambda done, total, what: None)
 
     with OutputFolder(path, overwrite=overwrite) as folder:
         _check_disk(path, plan.total_bytes[1])
-        data = _calibration(plan, calib, samples, seqlen, seed) if recipe.needs_calibration else None
-        stream = LayerStream(plan.checkpoint, plan.skeleton, plan.structure, data.tokens if data else None, where)
+        data = (
+            _calibration(plan, calib, samples, seqlen, seed) if recipe.needs_calibration else None
+        )
+        stream = LayerStream(
+            plan.checkpoint, plan.skeleton, plan.structure, data.tokens if data else None, where
+        )
         report: dict[str, Any] = {"layers": []}
         scales: dict[str, torch.Tensor] = {}
         for number in range(plan.structure.num_layers):
@@ -149,7 +157,9 @@ def load_tokenizer(path: Path) -> Any:
         raise QuantkitError(f"{path}: no usable tokenizer in it ({reason})") from None
 
 
-def _one_layer(plan: Plan, stream: LayerStream, number: int, folder: OutputFolder) -> QuantizedLayer:
+def _one_layer(
+    plan: Plan, stream: LayerStream, number: int, folder: OutputFolder
+) -> QuantizedLayer:
     """Calibrate, transform, quantize and write one decoder layer; the stream moves on to its outputs."""
     prefix = f"{plan.structure.layers}.{number}."
     norm_dtype = plan.checkpoint.load(f"{prefix}input_layernorm.weight").dtype
@@ -163,10 +173,18 @@ def _one_layer(plan: Plan, stream: LayerStream, number: int, folder: OutputFolde
                 group.name for group in INPUT_GROUPS
                 if any(plan.recipe.weights_of(prefix + n).rounding == "gptq" for n in group.linears)
             }  # fmt: skip
-            with observe(layer, hessians=gptq, keep_rows=_SEARCH_ROWS, batches=stream.batches) as arguments:
+            with observe(
+                layer, hessians=gptq, keep_rows=_SEARCH_ROWS, batches=stream.batches
+            ) as arguments:
                 stream.run(layer, number, reference.keep)
         result = quantize_layer(
-            layer, prefix, plan.recipe, plan.schemes, plan.structure, *arguments, norm_dtype=norm_dtype
+            layer,
+            prefix,
+            plan.recipe,
+            plan.schemes,
+            plan.structure,
+            *arguments,
+            norm_dtype=norm_dtype,
         )
         _write_layer(plan, prefix, layer, result, folder)
         if stream.hidden is not None and reference is not None:
@@ -214,7 +232,9 @@ def _write_layer(
         module, _, kind = local.rpartition(".")
         if module in result.weights and kind == "weight":
             codes, scale = result.weights[module]
-            for suffix, tensor in packed_tensors(codes.cpu(), scale.cpu(), plan.schemes[prefix + module]).items():
+            for suffix, tensor in packed_tensors(
+                codes.cpu(), scale.cpu(), plan.schemes[prefix + module]
+            ).items():
                 folder.add(f"{prefix}{module}.{suffix}", tensor)
         elif local in parameters or hasattr(layer.get_submodule(module), kind):
             # Norms and biases may have taken a factor in; those that did not round back to the same bytes.

@@ -55,7 +55,9 @@ class Plan:
         }
 
 
-def make_plan(model: str, recipe: Recipe, *, samples: int | None = None, seqlen: int | None = None) -> Plan:
+def make_plan(
+    model: str, recipe: Recipe, *, samples: int | None = None, seqlen: int | None = None
+) -> Plan:
     """Read a model's headers and decide what happens to each module.
 
     Raises:
@@ -77,10 +79,13 @@ def make_plan(model: str, recipe: Recipe, *, samples: int | None = None, seqlen:
     linears = [n for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)]
     schemes = recipe.resolve(structure, linears)
     if recipe.kv_cache and structure.head_dim % 2:
-        raise QuantkitError(f"{model}: head_dim {structure.head_dim} is odd; INT4 keys and values pack pairs")
+        raise QuantkitError(
+            f"{model}: head_dim {structure.head_dim} is odd; INT4 keys and values pack pairs"
+        )
     before = {name: checkpoint.tensors[f"{name}.weight"].bytes for name in schemes}
     after = {
-        name: scheme.packed_bytes(*checkpoint.tensors[f"{name}.weight"].shape) for name, scheme in schemes.items()
+        name: scheme.packed_bytes(*checkpoint.tensors[f"{name}.weight"].shape)
+        for name, scheme in schemes.items()
     }
     linear_bytes = (sum(before.values()), sum(after.values()))
     return Plan(
@@ -110,16 +115,22 @@ def _check_tensors(checkpoint: Checkpoint, skeleton: Any, structure: Structure) 
         full = f"{structure.layers}.{name}"
         info = checkpoint.tensors.get(full)
         if info is None:
-            raise QuantkitError(f"{checkpoint.path}: tensor {full!r} is missing; the checkpoint is not complete")
+            raise QuantkitError(
+                f"{checkpoint.path}: tensor {full!r} is missing; the checkpoint is not complete"
+            )
         if info.shape != tuple(parameter.shape):
             raise QuantkitError(
                 f"{checkpoint.path}: tensor {full!r} is {list(info.shape)}, config.json implies {list(parameter.shape)}"
             )
         if info.dtype not in ("BF16", "F16", "F32", "F64"):
-            raise QuantkitError(f"{checkpoint.path}: tensor {full!r} is {info.dtype}; 16- or 32-bit floats are expected")
+            raise QuantkitError(
+                f"{checkpoint.path}: tensor {full!r} is {info.dtype}; 16- or 32-bit floats are expected"
+            )
 
 
-def _peak_bytes(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, samples: int, seqlen: int) -> int:
+def _peak_bytes(
+    checkpoint: Checkpoint, structure: Structure, recipe: Recipe, samples: int, seqlen: int
+) -> int:
     """One float32 layer twice (as loaded, as simulated), its Hessians, the activations, the embedding, the libraries."""
     layer = sum(rows * columns for rows, columns in structure.shapes.values()) * 4
     libraries = 500 * 2**20
@@ -139,7 +150,9 @@ def _splits(structure: Structure, recipe: Recipe, parts: int) -> bool:
         sizes.append(recipe.weights.group_size)
     split = [structure.shapes["self_attn.o_proj"][1], structure.shapes["mlp.down_proj"][1]]
     return structure.kv_heads % parts == 0 and all(
-        columns % parts == 0 and (columns // parts) % size == 0 for columns in split for size in sizes or [1]
+        columns % parts == 0 and (columns // parts) % size == 0
+        for columns in split
+        for size in sizes or [1]
     )
 
 
@@ -154,7 +167,10 @@ def who_serves(schemes: dict[str, Scheme], kv_cache: KVFormat | None) -> dict[st
     if bits <= {(4, 16), (8, 8)}:
         other = vllm = "yes"
     elif floats:
-        vllm, other = "GPUs of compute capability 9.0 (Hopper)", "weights only: activations stay in 16 bits"
+        vllm, other = (
+            "GPUs of compute capability 9.0 (Hopper)",
+            "weights only: activations stay in 16 bits",
+        )
     else:
         vllm = other = "weights only: activations stay in 16 bits"
     return {

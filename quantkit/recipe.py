@@ -49,7 +49,9 @@ class Weights(_Strict):
         if self.group_size == "channel" and self.scale != "bf16":
             raise ValueError("scale: FP8 group scales need groups; group_size: 128 has them")
         if self.clip == "gaussian" and self.grid != "half":
-            raise ValueError("clip: gaussian belongs to grid: half; mse or absmax fit the integer grid")
+            raise ValueError(
+                "clip: gaussian belongs to grid: half; mse or absmax fit the integer grid"
+            )
         return self
 
 
@@ -158,7 +160,9 @@ class Recipe(_Strict):
             if weights.bits == 8 and (acts is None or acts.type != "int" or acts.bits != 8):
                 raise ValueError("weights.bits: 8 runs with INT8 activations only; 4 runs with all")
             if acts and (weights.grid == "half") != (acts.grid == "half"):
-                raise ValueError("grid: half must stand in weights and activations both, or in neither")
+                raise ValueError(
+                    "grid: half must stand in weights and activations both, or in neither"
+                )
             if weights.grid == "half" and (acts is None or self.rotation is None):
                 raise ValueError("weights.grid: half needs rotation and quantized activations")
         if self.rope_scaling and not self.kv_cache:
@@ -232,7 +236,9 @@ class Recipe(_Strict):
             QuantkitError: a pattern matches nothing, a group size or rotation does not fit, or linears that
                 servers fuse would differ.
         """
-        for what, pattern in [("rules", r.match) for r in self.rules] + [("ignore", p) for p in self.ignore]:
+        for what, pattern in [("rules", r.match) for r in self.rules] + [
+            ("ignore", p) for p in self.ignore
+        ]:
             if not fnmatch.filter(linears, pattern):
                 raise QuantkitError(
                     f"recipe {self.name}: {what}: {pattern!r} matches no linear; names look like {linears[0]}"
@@ -245,7 +251,9 @@ class Recipe(_Strict):
             self._check_shape(module, scheme, structure.shapes[linear][1])
             schemes[module] = scheme
         if not schemes:
-            raise QuantkitError(f"recipe {self.name}: nothing is left to quantize; see rules and ignore")
+            raise QuantkitError(
+                f"recipe {self.name}: nothing is left to quantize; see rules and ignore"
+            )
         for layer in range(structure.num_layers):
             for fused in _FUSED:
                 found = {schemes.get(f"{structure.layers}.{layer}.{name}") for name in fused}
@@ -257,14 +265,19 @@ class Recipe(_Strict):
         return schemes
 
     def _check_shape(self, module: str, scheme: Scheme, columns: int) -> None:
-        for what, size in (("weights.group_size", scheme.weights.group_size), ("rotation.block", scheme.rotation)):
+        for what, size in (
+            ("weights.group_size", scheme.weights.group_size),
+            ("rotation.block", scheme.rotation),
+        ):
             if size and columns % size:
                 raise QuantkitError(
                     f"recipe {self.name}: {what} {size} does not divide the {columns} in-features of {module}; "
                     f"--set {what}={_divisor(columns, size)}, or a rule that skips it"
                 )
         if scheme.weights.bits == 4 and columns % 8:
-            raise QuantkitError(f"recipe {self.name}: {module} has {columns} in-features; INT4 packs eight at a time")
+            raise QuantkitError(
+                f"recipe {self.name}: {module} has {columns} in-features; INT4 packs eight at a time"
+            )
 
 
 def _divisor(columns: int, size: int) -> int | str:
@@ -274,7 +287,9 @@ def _divisor(columns: int, size: int) -> int | str:
 
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
-    return sorted(f.name[:-5] for f in files("quantkit.recipes").iterdir() if f.name.endswith(".yaml"))
+    return sorted(
+        f.name[:-5] for f in files("quantkit.recipes").iterdir() if f.name.endswith(".yaml")
+    )
 
 
 def _where(name: str) -> str:
@@ -301,7 +316,9 @@ def _read(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     try:
         data = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
-        raise QuantkitError(f"{_where(name)}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise QuantkitError(
+            f"{_where(name)}: not valid YAML ({' '.join(str(error).split())})"
+        ) from None
     if not isinstance(data, dict):
         raise QuantkitError(f"{_where(name)}: a mapping is expected, not {type(data).__name__}")
     parent = data.pop("extends", None)
@@ -320,7 +337,9 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = (
+            _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return merged
 
 
@@ -365,20 +384,37 @@ def _readable(error: ValidationError) -> str:
     """pydantic's first error as `weights.bits: what is wrong`."""
     # A misspelt key also makes the right one missing: name the cause.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    path = ".".join(str(p) for p in first["loc"] if not (isinstance(p, str) and p.startswith(("literal", "constrained"))))
+    path = ".".join(
+        str(p)
+        for p in first["loc"]
+        if not (isinstance(p, str) and p.startswith(("literal", "constrained")))
+    )
     if first["type"] == "extra_forbidden":
         model: Any = Recipe
         for key in first["loc"][:-1]:
-            model = _section(model.model_fields[key].annotation) if key in getattr(model, "model_fields", {}) else model
-        close = difflib.get_close_matches(str(first["loc"][-1]), getattr(model, "model_fields", {}), cutoff=0.4)
+            model = (
+                _section(model.model_fields[key].annotation)
+                if key in getattr(model, "model_fields", {})
+                else model
+            )
+        close = difflib.get_close_matches(
+            str(first["loc"][-1]), getattr(model, "model_fields", {}), cutoff=0.4
+        )
         return f"{path}: unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "literal_error":
-        message = f"{first['input']!r} is not supported; {first.get('ctx', {}).get('expected', '')} is"
+        message = (
+            f"{first['input']!r} is not supported; {first.get('ctx', {}).get('expected', '')} is"
+        )
     elif first["type"] == "missing":
         message = "is required"
     elif first["type"] != "value_error":
         message = f"{message[0].lower()}{message[1:]}, not {first['input']!r}"
-    if first["type"] == "value_error" and ": " in message and path and not path.startswith(message.split(":")[0]):
+    if (
+        first["type"] == "value_error"
+        and ": " in message
+        and path
+        and not path.startswith(message.split(":")[0])
+    ):
         return f"{path}.{message}"
     return f"{path}: {message}" if path else message

@@ -60,17 +60,25 @@ def verify(model: str | Path, *, against: str | None = None) -> Verification:
 def _check_hashes(checkpoint: Checkpoint, info: QuantizationInfo, result: Verification) -> None:
     shards = info.meta.get("shards") or {}
     if set(shards) != set(checkpoint.files):
-        result.problems.append(f"shards {sorted(checkpoint.files)} do not match the recorded {sorted(shards)}")
+        result.problems.append(
+            f"shards {sorted(checkpoint.files)} do not match the recorded {sorted(shards)}"
+        )
     for name, want in shards.items():
         file = checkpoint.path / name
         if Path(name).name == name and file.is_file() and sha256(file) != want:
-            result.problems.append(f"{name}: its sha256 is not the recorded one; the file was changed or damaged")
+            result.problems.append(
+                f"{name}: its sha256 is not the recorded one; the file was changed or damaged"
+            )
     result.checks.append(f"sha256 of {len(shards)} shard{'s' if len(shards) != 1 else ''}")
 
 
 def _check_modules(checkpoint: Checkpoint, info: QuantizationInfo, result: Verification) -> None:
-    skeleton = build_skeleton(load_config(checkpoint.config, str(checkpoint.path)), str(checkpoint.path))
-    linears: dict[str, Any] = {n: m for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
+    skeleton = build_skeleton(
+        load_config(checkpoint.config, str(checkpoint.path)), str(checkpoint.path)
+    )
+    linears: dict[str, Any] = {
+        n: m for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)
+    }
     for name, scheme in info.schemes.items():
         if name not in linears:
             result.problems.append(f"{name}: recorded as quantized, the model has no such linear")
@@ -80,12 +88,16 @@ def _check_modules(checkpoint: Checkpoint, info: QuantizationInfo, result: Verif
             found = checkpoint.tensors.get(f"{name}.{suffix}")
             if found is None or (found.dtype, found.shape) != want:
                 got = f"{found.dtype} {list(found.shape)}" if found else "missing"
-                result.problems.append(f"{name}.{suffix}: {got}, {want[0]} {list(want[1])} is expected")
+                result.problems.append(
+                    f"{name}.{suffix}: {got}, {want[0]} {list(want[1])} is expected"
+                )
         scale_name = f"{name}.weight_scale"
         if scale_name in checkpoint.tensors:
             scale = checkpoint.load(scale_name).float()
             if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
-                result.problems.append(f"{scale_name}: holds a scale that is zero, negative or not finite")
+                result.problems.append(
+                    f"{scale_name}: holds a scale that is zero, negative or not finite"
+                )
         if scheme.weights.bits == 4 and f"{name}.weight" in checkpoint.tensors:
             result.problems.append(f"{name}.weight: lies beside its packed form")
     ignored = set(checkpoint.config["quantization_config"].get("ignore", []))
@@ -107,21 +119,26 @@ def _check_source(
         if here is None:
             result.problems.append(f"{name}: in the original, missing here")
         elif (here.dtype, here.shape) != (there.dtype, there.shape):
-            result.problems.append(f"{name}: {here.dtype} {list(here.shape)} here, not as in the original")
+            result.problems.append(
+                f"{name}: {here.dtype} {list(here.shape)} here, not as in the original"
+            )
         elif not folded(name):
             a, b = checkpoint.load(name), source.load(name)
             # Bytes, not values: NaN differs from itself.
             if not torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
                 result.problems.append(f"{name}: differs from the original")
             copied += 1
-    result.checks.append(f"{len(source.tensors)} tensors of the original, {copied} of them byte for byte")
+    result.checks.append(
+        f"{len(source.tensors)} tensors of the original, {copied} of them byte for byte"
+    )
 
 
 def _may_change(info: QuantizationInfo) -> Any:
     """Norms and biases of quantized layers may have taken in a factor; nothing else may differ."""
     layers = {name.partition(".self_attn.")[0].partition(".mlp.")[0] + "." for name in info.schemes}
-    return lambda name: any(name.startswith(layer) for layer in layers) and (
-        "norm" in name or name.endswith(".bias")
+    return lambda name: (
+        any(name.startswith(layer) for layer in layers)
+        and ("norm" in name or name.endswith(".bias"))
     )
 
 
@@ -148,5 +165,7 @@ def _check_text(path: Path, checkpoint: Checkpoint, result: Verification) -> Non
     loss = float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]))
     nothing = math.log(vocabulary)
     if loss > nothing + _SANITY_MARGIN:
-        result.problems.append(f"sanity text: loss {loss:.2f} per token, worse than knowing nothing ({nothing:.2f})")
+        result.problems.append(
+            f"sanity text: loss {loss:.2f} per token, worse than knowing nothing ({nothing:.2f})"
+        )
     result.checks.append(f"sanity text: loss {loss:.2f} per token (knowing nothing: {nothing:.2f})")

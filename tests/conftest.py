@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import save_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny models gain nothing from threads, and test processes side by side would wait for one another's.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +36,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text of 20,000 bytes: as many tokens for the tiny models."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"The {n}th line of {n * n % 97} words. " for n in range(700))[:20000], encoding="utf-8")
+    path.write_text(
+        "".join(f"The {n}th line of {n * n % 97} words. " for n in range(700))[:20000],
+        encoding="utf-8",
+    )
     return path
 
 

@@ -22,7 +22,9 @@ def test_sizes_are_as_planned(quantized, tiny, recipe: str):
     assert Checkpoint(folder).bytes == report["total_bytes"]["after"]
     assert Checkpoint(tiny()).bytes == report["total_bytes"]["before"]
     ratio = report["linear_bytes"]["after"] / report["linear_bytes"]["before"]
-    assert ratio < (0.51 if "W8" in report["layers"][0]["linears"]["mlp.up_proj"]["scheme"] else 0.27)
+    assert ratio < (
+        0.51 if "W8" in report["layers"][0]["linears"]["mlp.up_proj"]["scheme"] else 0.27
+    )
 
 
 def test_the_report_says_what_was_done(quantized):
@@ -41,7 +43,9 @@ def test_the_report_says_what_was_done(quantized):
 
 def test_the_same_inputs_give_the_same_bytes(tiny, text: Path, tmp_path: Path):
     def once(name: str, seed: int) -> dict[str, bytes]:
-        quantize(str(tiny()), "fireq", tmp_path / name, calib=str(text), samples=8, seqlen=64, seed=seed)
+        quantize(
+            str(tiny()), "fireq", tmp_path / name, calib=str(text), samples=8, seqlen=64, seed=seed
+        )
         return {f.name: f.read_bytes() for f in (tmp_path / name).rglob("*.safetensors")}
 
     first = once("a", 0)
@@ -75,7 +79,10 @@ def test_shards_are_written_as_layers_finish(tiny, tmp_path: Path, monkeypatch: 
 def test_tensors_that_transformers_does_not_know_survive(tiny, tmp_path: Path):
     source = Path(shutil.copytree(tiny(), tmp_path / "model"))
     tensors = load_file(source / "model.safetensors")
-    extra = {"mtp.head.weight": torch.randn(4, 4).bfloat16(), "model.layers.0.self_attn.extra": torch.arange(3)}
+    extra = {
+        "mtp.head.weight": torch.randn(4, 4).bfloat16(),
+        "model.layers.0.self_attn.extra": torch.arange(3),
+    }
     save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
     # Within a layer an unknown tensor is copied; it is no parameter that a transform could miss.
     quantize(str(source), "int4", tmp_path / "out")
@@ -115,36 +122,45 @@ def test_a_sharded_source_gives_the_same_output(tiny, tmp_path: Path):
     assert all(torch.equal(a.load(n), b.load(n)) for n in a.tensors)
 
 
-def test_the_model_that_is_saved_is_the_one_that_was_calibrated(tiny, text: Path, tmp_path: Path):
-    """The last layer's outputs in calibration are those of the packed model that is loaded afterwards."""
+@pytest.mark.parametrize("settings", [("weights.rounding=gptq",), ("extends fireq",)])
+def test_what_was_calibrated_is_what_is_loaded(
+    tiny, text: Path, tmp_path: Path, monkeypatch, settings
+):
+    """Calibration's outputs of each layer are those of the packed model that is loaded afterwards."""
     from quantkit import pipeline
     from quantkit.runtime.load import load
 
-    kept = {}
-    original = pipeline._copy_the_rest
+    seen: list[torch.Tensor] = []
 
-    def spy(plan, folder):
-        kept["hidden"] = STREAM[-1].hidden.clone()
-        original(plan, folder)
+    class Spy(pipeline.LayerStream):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            seen.append(arguments[3])
 
-    STREAM = []
-    stream_class = pipeline.LayerStream
+        def advance(self, layer, number: int) -> None:
+            super().advance(layer, number)
+            seen.append(self.hidden.clone())
 
-    def make(*arguments):
-        STREAM.append(stream_class(*arguments))
-        kept["tokens"] = arguments[3]
-        return STREAM[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "LayerStream", make)
-        patch.setattr(pipeline, "_copy_the_rest", spy)
-        quantize(str(tiny("qwen3")), "fireq", tmp_path / "out", calib=str(text), samples=4, seqlen=64)
+    monkeypatch.setattr(pipeline, "LayerStream", Spy)
+    recipe = (
+        Recipe.load("fireq")
+        if settings == ("extends fireq",)
+        else Recipe.load("int4", list(settings))
+    )
+    quantize(str(tiny("qwen3")), recipe, tmp_path / "out", calib=str(text), samples=4, seqlen=64)
+    tokens, first, last = seen
     model = load(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
-        hidden = model.model(kept["tokens"], use_cache=False, output_hidden_states=True).hidden_states
-        # transformers' last hidden state has gone through the final norm.
-        want = model.model.norm(kept["hidden"])
-    assert float((hidden[-1] - want).norm() / want.norm()) < 5e-3
+        _, *hidden = model.model(tokens, use_cache=False, output_hidden_states=True).hidden_states
+        want = [
+            first,
+            model.model.norm(last),
+        ]  # transformers' last one has gone through the final norm
+    for ours, theirs in zip(hidden, want, strict=True):
+        distance = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+        # The median: a float32 sum's last bit moves a few activations to the next FP8 number.
+        assert float(distance.median()) < 1e-5
+        assert float(distance.mean()) < 5e-2
 
 
 def test_gptq_and_factors_pay(tiny, text: Path, tmp_path: Path):
@@ -152,7 +168,9 @@ def test_gptq_and_factors_pay(tiny, text: Path, tmp_path: Path):
 
     def errors(name: str, *settings: str) -> list[float]:
         recipe = Recipe.load("fireq", ["rope_scaling=null", "kv_cache=null", *settings])
-        report = quantize(str(tiny()), recipe, tmp_path / name, calib=str(text), samples=32, seqlen=128)
+        report = quantize(
+            str(tiny()), recipe, tmp_path / name, calib=str(text), samples=32, seqlen=128
+        )
         return [layer["output_error"] for layer in report["layers"]]
 
     plain = errors("plain", "weights.rounding=nearest", "weights.clip=absmax")
@@ -160,7 +178,9 @@ def test_gptq_and_factors_pay(tiny, text: Path, tmp_path: Path):
     assert all(f < 0.8 * p for f, p in zip(full, plain))
 
 
-def test_an_output_that_does_not_verify_is_a_failure(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_output_that_does_not_verify_is_a_failure(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from quantkit import layer, pipeline
 
     real = pipeline.packed_tensors

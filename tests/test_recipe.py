@@ -1,12 +1,12 @@
 from pathlib import Path
 
 import pytest
+from tiny_models import make_config
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.scheme import ActivationFormat, Scheme, WeightFormat
 from quantkit.models.structure import build_skeleton, find_structure
 from quantkit.recipe import Recipe, recipe_names
-from tiny_models import make_config
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,12 @@ def test_every_recipe_of_the_package_resolves(structure, linears):
 def test_schemes_are_what_the_names_say():
     module = "model.layers.0.mlp.up_proj"
     assert Recipe.load("int4").scheme_of(module) == Scheme(WeightFormat(4, 128))
-    assert Recipe.load("int8").scheme_of(module) == Scheme(WeightFormat(8, None), ActivationFormat(8))
-    assert Recipe.load("crossquant-w4a8").scheme_of(module) == Scheme(WeightFormat(4, 128), ActivationFormat(8))
+    assert Recipe.load("int8").scheme_of(module) == Scheme(
+        WeightFormat(8, None), ActivationFormat(8)
+    )
+    assert Recipe.load("crossquant-w4a8").scheme_of(module) == Scheme(
+        WeightFormat(4, 128), ActivationFormat(8)
+    )
     assert Recipe.load("fireq").scheme_of(module) == Scheme(
         WeightFormat(4, 128, "fp8_channel"), ActivationFormat(8, "float")
     )
@@ -102,7 +106,7 @@ def test_rules_give_a_module_another_scheme(structure, linears, tmp_path: Path):
 def test_a_bad_recipe_says_what_and_where(tmp_path: Path, yaml: str, says: str):
     path = tmp_path / "me.yaml"
     path.write_text(yaml)
-    with pytest.raises(QuantkitError, match="me.yaml|nothing-like-it") as error:
+    with pytest.raises(QuantkitError, match=r"me\.yaml|nothing-like-it") as error:
         Recipe.load(str(path))
     assert says in str(error.value)
     assert "\n" not in str(error.value)

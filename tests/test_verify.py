@@ -41,8 +41,14 @@ NAME = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda t: t[f"{NAME}.weight_scale"].__setitem__((0, 0), 0.0), "zero, negative or not finite"),
-        (lambda t: t[f"{NAME}.weight_scale"].__setitem__((0, 0), float("nan")), "zero, negative or not finite"),
+        (
+            lambda t: t[f"{NAME}.weight_scale"].__setitem__((0, 0), 0.0),
+            "zero, negative or not finite",
+        ),
+        (
+            lambda t: t[f"{NAME}.weight_scale"].__setitem__((0, 0), float("nan")),
+            "zero, negative or not finite",
+        ),
         (lambda t: t.pop(f"{NAME}.weight_packed"), "missing"),
         (lambda t: t.update({f"{NAME}.weight_scale": t[f"{NAME}.weight_scale"].float()}), "F32"),
         (lambda t: t.update({f"{NAME}.weight": torch.ones(2)}), "beside its packed form"),

@@ -57,13 +57,19 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
     fast.save_pretrained(str(folder))
 
 
-def save_model(folder: Path, model_type: str = "llama", *, shard_size: str = "5GB", **changes: Any) -> Path:
+def save_model(
+    folder: Path, model_type: str = "llama", *, shard_size: str = "5GB", **changes: Any
+) -> Path:
     import torch
 
-    make_model(model_type, **changes).to(torch.bfloat16).save_pretrained(str(folder), max_shard_size=shard_size)
+    make_model(model_type, **changes).to(torch.bfloat16).save_pretrained(
+        str(folder), max_shard_size=shard_size
+    )
     save_tokenizer(folder)
     return folder

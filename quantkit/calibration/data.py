@@ -58,14 +58,16 @@ def read_text(name: str, *, split: str) -> str:
     except OSError as error:
         raise QuantkitError(f"{name}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise QuantkitError(f"{name}: not UTF-8 text (byte {error.start}); convert it first") from None
+        raise QuantkitError(
+            f"{name}: not UTF-8 text (byte {error.start}); convert it first"
+        ) from None
     if not text.strip():
         raise QuantkitError(f"{name}: the text is empty")
     return text
 
 
 def _asset(name: str) -> str:
-    return files("quantkit.assets").joinpath("texts", name).read_text(encoding="utf-8")
+    return files("quantkit.assets").joinpath("texts").joinpath(name).read_text(encoding="utf-8")
 
 
 def _wikitext(split: str) -> str:
@@ -77,7 +79,9 @@ def _wikitext(split: str) -> str:
         from datasets import load_dataset
 
         rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
-    except Exception as error:  # a missing package, no network, no cache: all end in the same advice
+    except (
+        Exception
+    ) as error:  # a missing package, no network, no cache: all end in the same advice
         raise QuantkitError(
             f"wikitext: not to be had here ({type(error).__name__}); connect to the hub with the "
             f"`datasets` package installed, or name a copy of its test split in ${_WIKITEXT_VARIABLE}"
@@ -92,7 +96,9 @@ def tokenize(tokenizer: Any, text: str) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def calibration_blocks(tokenizer: Any, name: str, samples: int, seqlen: int, seed: int) -> CalibrationSet:
+def calibration_blocks(
+    tokenizer: Any, name: str, samples: int, seqlen: int, seed: int
+) -> CalibrationSet:
     """`samples` blocks of `seqlen` tokens, drawn without overlap from the text in a seeded order.
 
     Raises:

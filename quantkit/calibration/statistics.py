@@ -17,7 +17,9 @@ class InputStatistics:
         rows: up to `keep` of the tokens seen, spread evenly over all batches, float32.
     """
 
-    def __init__(self, columns: int, *, hessian: bool, keep: int, batches: int, device: torch.device) -> None:
+    def __init__(
+        self, columns: int, *, hessian: bool, keep: int, batches: int, device: torch.device
+    ) -> None:
         self.tokens = 0
         self.absmax = torch.zeros(columns, device=device)
         self._abs = torch.zeros(columns, dtype=torch.float64, device=device)
@@ -51,7 +53,9 @@ class InputStatistics:
     def rows(self) -> torch.Tensor:
         return torch.cat(self._rows)
 
-    def hessian_after(self, factor: torch.Tensor | None, rotation: int | None) -> torch.Tensor | None:
+    def hessian_after(
+        self, factor: torch.Tensor | None, rotation: int | None
+    ) -> torch.Tensor | None:
         """The Hessian of rotate(x / factor), by the same change of basis on both of its sides."""
         hessian = self.hessian
         if hessian is not None and factor is not None:

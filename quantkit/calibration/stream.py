@@ -72,7 +72,9 @@ class LayerStream:
         base: Any = skeleton.get_submodule(self._structure.layers.rpartition(".")[0])
         embedding = base.get_input_embeddings()
         name = next(n for n, m in skeleton.named_modules() if m is embedding)
-        embedding.weight = nn.Parameter(self._checkpoint.load(f"{name}.weight", finite=True), requires_grad=False)
+        embedding.weight = nn.Parameter(
+            self._checkpoint.load(f"{name}.weight", finite=True), requires_grad=False
+        )
         hidden = embedding(tokens).float()
         embedding.to("meta")
 
@@ -143,11 +145,17 @@ def observe(
         linear = layer.get_submodule(group.linears[0])
         weight: Any = linear.weight
         stats = InputStatistics(
-            weight.shape[1], hessian=group.name in hessians, keep=keep_rows, batches=batches, device=weight.device
+            weight.shape[1],
+            hessian=group.name in hessians,
+            keep=keep_rows,
+            batches=batches,
+            device=weight.device,
         )
         inputs[group.name] = stats
 
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], stats: InputStatistics = stats) -> None:
+        def hook(
+            _: nn.Module, args: tuple[torch.Tensor, ...], stats: InputStatistics = stats
+        ) -> None:
             stats.update(args[0])
 
         handles.append(linear.register_forward_pre_hook(hook))

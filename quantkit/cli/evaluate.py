@@ -14,14 +14,22 @@ from quantkit.errors import QuantkitError
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help="Left out: the one quantized last in this folder.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Left out: the one quantized last in this folder.")
+    ] = None,
     ppl: Annotated[
-        list[str] | None, typer.Option("--ppl", help="sample, wikitext, or a UTF-8 file; may be repeated.")
+        list[str] | None,
+        typer.Option("--ppl", help="sample, wikitext, or a UTF-8 file; may be repeated."),
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="What to compare with; the recorded original if left out, `none` for nothing.")
+        str | None,
+        typer.Option(
+            help="What to compare with; the recorded original if left out, `none` for nothing."
+        ),
     ] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens in a window; 2048 or the model's maximum.")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens in a window; 2048 or the model's maximum.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most so many windows.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: JsonOption = False,
@@ -45,7 +53,13 @@ def command(
     seconds = time.monotonic() - started
     if as_json:
         print_json(
-            {"model": name, "ppl": found, "baseline": compared, "bytes": sizes[name], "seconds": round(seconds, 2)}
+            {
+                "model": name,
+                "ppl": found,
+                "baseline": compared,
+                "bytes": sizes[name],
+                "seconds": round(seconds, 2),
+            }
         )
         return
     _print(name, other, texts, found, compared, sizes)
@@ -101,8 +115,12 @@ def _print(
         table.add_row("ratio", f"{sizes[name] / sizes[other]:.3f}", *ratios)
     out.print(table)
     first = found[texts[0]]
-    counts = ", ".join(f"{t}: {found[t]['windows']} windows, {found[t]['tokens']} tokens" for t in texts)
-    out.print(f"protocol {first['protocol']}: windows of {first['seqlen']} tokens, last partial one dropped; {counts}")
+    counts = ", ".join(
+        f"{t}: {found[t]['windows']} windows, {found[t]['tokens']} tokens" for t in texts
+    )
+    out.print(
+        f"protocol {first['protocol']}: windows of {first['seqlen']} tokens, last partial one dropped; {counts}"
+    )
 
 
 def _cell(result: dict[str, Any]) -> str:

@@ -13,7 +13,9 @@ from quantkit.errors import QuantkitError
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help="Left out: the one quantized last in this folder.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Left out: the one quantized last in this folder.")
+    ] = None,
     prompt: Annotated[str | None, typer.Argument(help="Left out: a chat.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many.")] = 64,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
@@ -40,24 +42,37 @@ def command(
     if prompt is None:
         _chat(loaded, tokenizer, settings)
         return
-    text = _continue(loaded, tokenizer, tokenizer(prompt, return_tensors="pt"), settings, stream=not as_json)
+    text = _continue(
+        loaded, tokenizer, tokenizer(prompt, return_tensors="pt"), settings, stream=not as_json
+    )
     if as_json:
         print_json({"model": name, "prompt": prompt, "text": text})
 
 
-def _continue(model: Any, tokenizer: Any, inputs: Any, settings: dict[str, Any], *, stream: bool) -> str:
+def _continue(
+    model: Any, tokenizer: Any, inputs: Any, settings: dict[str, Any], *, stream: bool
+) -> str:
     """Generate after `inputs`, printing as it comes if `stream`; the new text."""
     from transformers import TextStreamer
 
     ids = inputs["input_ids"].to(model.device)
     longest = int(getattr(model.config, "max_position_embeddings", 0))
     if longest and ids.shape[1] >= longest:
-        raise QuantkitError(f"prompt of {ids.shape[1]} tokens: the model takes fewer than {longest}; shorten it")
+        raise QuantkitError(
+            f"prompt of {ids.shape[1]} tokens: the model takes fewer than {longest}; shorten it"
+        )
     if longest:
-        settings = settings | {"max_new_tokens": min(settings["max_new_tokens"], longest - ids.shape[1])}
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True, skip_prompt=False) if stream else None
+        settings = settings | {
+            "max_new_tokens": min(settings["max_new_tokens"], longest - ids.shape[1])
+        }
+    streamer = (
+        TextStreamer(tokenizer, skip_special_tokens=True, skip_prompt=False) if stream else None
+    )
     output = model.generate(
-        input_ids=ids, attention_mask=inputs["attention_mask"].to(model.device), streamer=streamer, **settings
+        input_ids=ids,
+        attention_mask=inputs["attention_mask"].to(model.device),
+        streamer=streamer,
+        **settings,
     )
     text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     return text

@@ -12,7 +12,9 @@ from quantkit.cli.output import JsonOption, out, print_json, size
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help="Left out: the one quantized last in this folder.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Left out: the one quantized last in this folder.")
+    ] = None,
     modules: Annotated[bool, typer.Option("--modules", help="List every module.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -26,10 +28,12 @@ def command(
     checkpoint = Checkpoint(find_model(name))
     info = parse_quantization_config(checkpoint.config, name)
     backends = _backends(name)
-    table = {
+    table: dict[str, dict[str, Any]] = {
         module: {
             "scheme": str(scheme),
-            "bytes": sum(i.bytes for n, i in checkpoint.tensors.items() if n.startswith(module + ".")),
+            "bytes": sum(
+                i.bytes for n, i in checkpoint.tensors.items() if n.startswith(module + ".")
+            ),
             **backends[module],
         }
         for module, scheme in info.schemes.items()
@@ -52,23 +56,33 @@ def command(
         )
         return
     recipe = info.meta.get("recipe", {}).get("name", "?")
-    out.print(f"{name}: recipe {recipe}, quantkit {info.meta.get('version')}, {size(checkpoint.bytes)}")
+    out.print(
+        f"{name}: recipe {recipe}, quantkit {info.meta.get('version')}, {size(checkpoint.bytes)}"
+    )
     groups: dict[tuple[str, ...], list[Any]] = defaultdict(list)
     for entry in table.values():
-        groups[(entry["scheme"], entry["op"], entry["decode"], entry["prefill"])].append(entry["bytes"])
+        groups[(entry["scheme"], entry["op"], entry["decode"], entry["prefill"])].append(
+            entry["bytes"]
+        )
     for (scheme, op, decode, prefill), sizes in groups.items():
-        out.print(f"  {len(sizes)} linears  {scheme}  {size(sum(sizes))}  op {op} (decode: {decode}, prefill: {prefill})")
+        out.print(
+            f"  {len(sizes)} linears  {scheme}  {size(sum(sizes))}  op {op} (decode: {decode}, prefill: {prefill})"
+        )
     if modules:
         for module, entry in table.items():
             out.print(f"    {module}  {entry['scheme']}  {size(entry['bytes'])}", markup=False)
     out.print(f"  kept as they were  {size(kept)}")
     if info.kv_cache:
-        out.print(f"  keys, values  INT{info.kv_cache.bits}, {info.kv_cache.scale} scale, queries {info.kv_cache.query or '16-bit'}")
+        out.print(
+            f"  keys, values  INT{info.kv_cache.bits}, {info.kv_cache.scale} scale, queries {info.kv_cache.query or '16-bit'}"
+        )
     for needed in info.meta.get("requires", []):
         out.print(f"  requires {needed}: quantkit.load, or a server with its integration")
     calibration = info.meta.get("calibration")
     if calibration:
-        out.print(f"  calibrated on {calibration['name']}: {calibration['samples']} x {calibration['seqlen']} tokens")
+        out.print(
+            f"  calibrated on {calibration['name']}: {calibration['samples']} x {calibration['seqlen']} tokens"
+        )
     for server, words in servers.items():
         out.print(f"  {server:<13}{words}", markup=False)
 

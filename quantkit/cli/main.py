@@ -35,7 +35,9 @@ app.command("verify")(verify.command)
 app.command("recipes")(recipes.command)
 
 # typer carries click within itself from 0.2x on, under a name of its own: reach its classes through typer.
-_UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+_UsageError: type[Exception] = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
+)
 
 
 def _version(value: bool) -> None:
@@ -49,7 +51,9 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own logs.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and the libraries' own logs.")
+    ] = False,
 ) -> None:
     pass
 
@@ -91,8 +95,12 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        what = str(error) if isinstance(error, InternalError) else f"{type(error).__name__}: {error}"
-        hint = "" if isinstance(error, InternalError) else " (a bug of quantkit; --debug shows where)"
+        what = (
+            str(error) if isinstance(error, InternalError) else f"{type(error).__name__}: {error}"
+        )
+        hint = (
+            "" if isinstance(error, InternalError) else " (a bug of quantkit; --debug shows where)"
+        )
         _fail(" ".join(what.split()) + hint, 1)
     sys.exit(code if isinstance(code, int) else 0)
 

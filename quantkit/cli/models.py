@@ -16,9 +16,15 @@ def model_or_last(model: str | None) -> str:
     """The model named, or the one quantized last into a folder of the working directory."""
     if model is not None:
         return model
-    ours = [p for p in Path.cwd().iterdir() if p.is_dir() and (p / "config.json").is_file() and is_ours(p)]
+    ours = [
+        p
+        for p in Path.cwd().iterdir()
+        if p.is_dir() and (p / "config.json").is_file() and is_ours(p)
+    ]
     if not ours:
-        raise QuantkitError("no MODEL named, and none was quantized into this folder; name one, or run quantize first")
+        raise QuantkitError(
+            "no MODEL named, and none was quantized into this folder; name one, or run quantize first"
+        )
     return str(max(ours, key=lambda p: (p / "config.json").stat().st_mtime).relative_to(Path.cwd()))
 
 

@@ -11,11 +11,19 @@ from quantkit.cli.output import JsonOption, out, print_json, size
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A folder, a hub id, or `llama`, the bundled model.")],
+    model: Annotated[
+        str, typer.Argument(help="A folder, a hub id, or `llama`, the bundled model.")
+    ],
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe's name or YAML file.")],
-    samples: Annotated[int | None, typer.Option(help="Calibration blocks; the recipe's if left out.")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens in a block; the recipe's if left out.")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: path=value.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration blocks; the recipe's if left out.")
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens in a block; the recipe's if left out.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Change the recipe: path=value.")
+    ] = None,
     modules: Annotated[bool, typer.Option("--modules", help="List every module.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -28,20 +36,29 @@ def command(
         print_json(plan.to_dict())
         return
     structure = plan.structure
-    out.print(f"{model}: {structure.architecture}, {structure.num_layers} layers, recipe {plan.recipe.name}")
+    out.print(
+        f"{model}: {structure.architecture}, {structure.num_layers} layers, recipe {plan.recipe.name}"
+    )
     for scheme, count in Counter(str(s) for s in plan.schemes.values()).items():
         out.print(f"  {count} linears     {scheme}")
     if plan.recipe.kv_cache:
-        out.print(f"  keys, values   INT{plan.recipe.kv_cache.bits} per token and head, {plan.recipe.kv_cache.scale} scale")
-    out.print(f"  kept           {', '.join(plan.unquantized_linears) or 'nothing'}, embeddings, norms")
+        out.print(
+            f"  keys, values   INT{plan.recipe.kv_cache.bits} per token and head, {plan.recipe.kv_cache.scale} scale"
+        )
+    out.print(
+        f"  kept           {', '.join(plan.unquantized_linears) or 'nothing'}, embeddings, norms"
+    )
     if modules:
-        for name, scheme in plan.schemes.items():
-            out.print(f"    {name}  {scheme}", markup=False)
+        for name, each in plan.schemes.items():
+            out.print(f"    {name}  {each}", markup=False)
     before, after = plan.linear_bytes
     out.print(f"  linears        {size(before)} -> {size(after)} ({after / before:.3f})")
     out.print(f"  checkpoint     {size(plan.total_bytes[0])} -> {size(plan.total_bytes[1])}")
     out.print(f"  peak memory    about {size(plan.peak_bytes)}")
-    out.print("  tensor parallel " + ", ".join(f"{n}: {'yes' if ok else 'no'}" for n, ok in plan.tensor_parallel.items()))
+    out.print(
+        "  tensor parallel "
+        + ", ".join(f"{n}: {'yes' if ok else 'no'}" for n, ok in plan.tensor_parallel.items())
+    )
     for server, words in plan.servers.items():
         out.print(f"  {server:<15}{words}", markup=False)
     out.print(f"  would write    {default_output(model, plan.recipe)}")

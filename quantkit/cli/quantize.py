@@ -10,18 +10,31 @@ from quantkit.cli.output import JsonOption, err, note, out, print_json, progress
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A folder, a hub id, or `llama`, the bundled model.")],
+    model: Annotated[
+        str, typer.Argument(help="A folder, a hub id, or `llama`, the bundled model.")
+    ],
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe's name or YAML file.")],
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder; ./<model>-<recipe> if left out.")] = None,
-    calib: Annotated[str | None, typer.Option(help="Calibration text: bundled, wikitext, or a UTF-8 file.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration blocks; the recipe's if left out.")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens in a block; the recipe's if left out.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder; ./<model>-<recipe> if left out.")
+    ] = None,
+    calib: Annotated[
+        str | None, typer.Option(help="Calibration text: bundled, wikitext, or a UTF-8 file.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration blocks; the recipe's if left out.")
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens in a block; the recipe's if left out.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     sets: Annotated[
-        list[str] | None, typer.Option("--set", help="Change the recipe: path=value, as weights.group_size=64.")
+        list[str] | None,
+        typer.Option("--set", help="Change the recipe: path=value, as weights.group_size=64."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of calibration blocks.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of quantkit.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output of quantkit.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a checkpoint into a packed one."""
@@ -32,9 +45,13 @@ def command(
 
     resolved = Recipe.load(recipe, sets)
     if model == BUNDLED:
-        note("llama: the small Llama that comes with quantkit; name a folder or a hub id to quantize another")
+        note(
+            "llama: the small Llama that comes with quantkit; name a folder or a hub id to quantize another"
+        )
     elif calib is None and resolved.needs_calibration:
-        note("calibrating on the bundled King James text; --calib wikitext, or a file, suits other models better")
+        note(
+            "calibrating on the bundled King James text; --calib wikitext, or a file, suits other models better"
+        )
     with progress_bar() as progress:
         report = quantize(
             model,
@@ -56,7 +73,9 @@ def command(
 
 def _print(report: dict[str, Any]) -> None:
     linear, total = report["linear_bytes"], report["total_bytes"]
-    out.print(f"{report['output']}: {report['recipe']['name']}, {report['seconds']:.1f} s, verified")
+    out.print(
+        f"{report['output']}: {report['recipe']['name']}, {report['seconds']:.1f} s, verified"
+    )
     out.print(
         f"  quantized linears  {size(linear['before'])} -> {size(linear['after'])}  "
         f"({linear['after'] / linear['before']:.3f})"
@@ -67,11 +86,16 @@ def _print(report: dict[str, Any]) -> None:
     )
     errors = [layer["output_error"] for layer in report["layers"] if "output_error" in layer]
     if errors:
-        out.print(f"  layer output error {min(errors):.2%} to {max(errors):.2%} (squared, relative)")
+        out.print(
+            f"  layer output error {min(errors):.2%} to {max(errors):.2%} (squared, relative)"
+        )
     fell = [f"layer {n}: {name}" for n, layer in enumerate(report["layers"])
             for name, figures in layer["linears"].items() if figures.get("fell_back")]  # fmt: skip
     if fell:
-        err.print(f"  GPTQ fell back to plain rounding in {len(fell)} linears: {', '.join(fell[:3])}", markup=False)
+        err.print(
+            f"  GPTQ fell back to plain rounding in {len(fell)} linears: {', '.join(fell[:3])}",
+            markup=False,
+        )
     for server, words in report["servers"].items():
         out.print(f"  {server:<13}{words}", markup=False)
     out.print(f"next: quantkit eval {report['output']} --ppl sample")

@@ -10,8 +10,12 @@ from quantkit.cli.output import JsonOption, out, print_json
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="A recipe's name or YAML file: shown resolved.")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: path=value.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A recipe's name or YAML file: shown resolved.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Change the recipe: path=value.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the recipes, or show one with everything it inherits and every default."""

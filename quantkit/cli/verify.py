@@ -11,8 +11,12 @@ from quantkit.cli.output import JsonOption, out, print_json
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help="Left out: the one quantized last in this folder.")] = None,
-    against: Annotated[str | None, typer.Option(help="The original: every tensor of it must be there.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Left out: the one quantized last in this folder.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The original: every tensor of it must be there.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check hashes, that every target is quantized, scales, names and shapes, and a sanity text."""
@@ -28,6 +32,8 @@ def command(
         for problem in result.problems:
             out.print(f"  WRONG    {problem}", markup=False)
         wrong = len(result.problems)
-        out.print(f"{name}: {'whole' if not wrong else f'{wrong} problem' + ('s' if wrong > 1 else '')}")
+        out.print(
+            f"{name}: {'whole' if not wrong else f'{wrong} problem' + ('s' if wrong > 1 else '')}"
+        )
     if result.problems:
         raise typer.Exit(2)

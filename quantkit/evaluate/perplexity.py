@@ -59,7 +59,9 @@ def perplexity(
     """
     windows = tokens.numel() // seqlen
     if windows == 0:
-        raise QuantkitError(f"text of {tokens.numel()} tokens: shorter than one window of {seqlen}; use --seqlen")
+        raise QuantkitError(
+            f"text of {tokens.numel()} tokens: shorter than one window of {seqlen}; use --seqlen"
+        )
     windows = min(windows, limit or windows)
     blocks = tokens[: windows * seqlen].view(windows, seqlen)
     batch = max(1, _TOKENS_PER_BATCH // seqlen)
@@ -67,14 +69,18 @@ def perplexity(
     for first in range(0, windows, batch):
         ids = blocks[first : first + batch].to(model.device)
         logits = model(ids, use_cache=False).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        loss = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), ids[:, 1:], reduction="none"
+        )
         losses.append(loss.mean(1).double().cpu())
         if progress:
             progress(min(first + batch, windows), windows)
     each = torch.cat(losses)
     mean = float(each.mean())
     if not math.isfinite(mean):
-        raise QuantkitError("the model's outputs on this text are not finite; the checkpoint is damaged")
+        raise QuantkitError(
+            "the model's outputs on this text are not finite; the checkpoint is damaged"
+        )
     ppl = math.exp(mean)
     error = ppl * float(each.std()) / math.sqrt(windows) if windows > 1 else None
     return Perplexity(ppl, windows * seqlen, windows, seqlen, error)

@@ -55,7 +55,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
 
     def broken(why: str) -> QuantkitError:
-        return QuantkitError(f"{path}: corrupted safetensors file: {why}; copy or download it again")
+        return QuantkitError(
+            f"{path}: corrupted safetensors file: {why}; copy or download it again"
+        )
 
     try:
         size = path.stat().st_size
@@ -109,13 +111,17 @@ class Checkpoint:
         if not path.is_dir():
             raise QuantkitError(f"{path}: no such folder")
         if not (path / "config.json").is_file():
-            raise QuantkitError(f"{path}: no config.json in it; a Hugging Face checkpoint is expected")
+            raise QuantkitError(
+                f"{path}: no config.json in it; a Hugging Face checkpoint is expected"
+            )
         self.config = read_json(path / "config.json")
         self.tensors: dict[str, TensorInfo] = {}
         for file in self._files():
             header = read_header(path / file)
             for name in header.keys() & self.tensors.keys():
-                raise QuantkitError(f"{path}: tensor {name!r} is in {self.tensors[name].file} and in {file}")
+                raise QuantkitError(
+                    f"{path}: tensor {name!r} is in {self.tensors[name].file} and in {file}"
+                )
             self.tensors.update(header)
         self._check_index()
         self._open: dict[str, Any] = {}
@@ -133,7 +139,9 @@ class Checkpoint:
                         f"{self.path / INDEX}: names {file!r}; only .safetensors files of the same folder are read"
                     )
                 if not (self.path / file).is_file():
-                    raise QuantkitError(f"{self.path}: shard {file} is missing, {INDEX} names it; download it again")
+                    raise QuantkitError(
+                        f"{self.path}: shard {file} is missing, {INDEX} names it; download it again"
+                    )
             return files
         if (self.path / SINGLE).is_file():
             return [SINGLE]
@@ -149,7 +157,9 @@ class Checkpoint:
             return
         for name, file in read_json(self.path / INDEX)["weight_map"].items():
             if name not in self.tensors or self.tensors[name].file != file:
-                raise QuantkitError(f"{self.path / INDEX}: says tensor {name!r} is in {file}; it is not")
+                raise QuantkitError(
+                    f"{self.path / INDEX}: says tensor {name!r} is in {file}; it is not"
+                )
 
     def load(self, name: str, *, finite: bool = False) -> torch.Tensor:
         """One tensor, copied out of the memory-mapped file, in its stored type.
@@ -165,7 +175,9 @@ class Checkpoint:
                 self._open[file] = safe_open(str(self.path / file), framework="pt", device="cpu")
             tensor: torch.Tensor = self._open[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise QuantkitError(f"{self.path / file}: tensor {name!r} cannot be read ({error})") from None
+            raise QuantkitError(
+                f"{self.path / file}: tensor {name!r} cannot be read ({error})"
+            ) from None
         if finite and tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise QuantkitError(
                 f"{self.path / file}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged"

@@ -151,11 +151,15 @@ def parse_quantization_config(config: dict[str, Any], where: str) -> Quantizatio
     """
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict):
-        raise QuantkitError(f"{where}: not a quantized checkpoint; run `quantkit quantize` on it first")
+        raise QuantkitError(
+            f"{where}: not a quantized checkpoint; run `quantkit quantize` on it first"
+        )
     ours = quantization.get("quantkit")
     if not isinstance(ours, dict):
         method = quantization.get("quant_method", "an unknown tool")
-        raise QuantkitError(f"{where}: quantized by {method}, not by quantkit; load it with transformers")
+        raise QuantkitError(
+            f"{where}: quantized by {method}, not by quantkit; load it with transformers"
+        )
     if ours.get("schema") != SCHEMA:
         raise QuantkitError(
             f"{where}: written in schema {ours.get('schema')!r}, this version reads {SCHEMA}; update quantkit"
@@ -171,6 +175,8 @@ def parse_quantization_config(config: dict[str, Any], where: str) -> Quantizatio
         }
         kv_cache = KVFormat(**ours["kv_cache"]) if ours.get("kv_cache") else None
     except (KeyError, TypeError, AttributeError) as error:
-        raise QuantkitError(f"{where}: malformed quantization_config.quantkit ({error!r})") from None
+        raise QuantkitError(
+            f"{where}: malformed quantization_config.quantkit ({error!r})"
+        ) from None
     rest = {k: v for k, v in ours.items() if k not in ("schema", "schemes", "modules", "kv_cache")}
     return QuantizationInfo(schemes, kv_cache, rest)

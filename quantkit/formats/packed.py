@@ -8,11 +8,15 @@ from quantkit.formats.scheme import Scheme
 from quantkit.kernels.packing import pack_int4
 
 
-def packed_tensors(codes: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
+def packed_tensors(
+    codes: torch.Tensor, scale: torch.Tensor, scheme: Scheme
+) -> dict[str, torch.Tensor]:
     """Codes int8 [N, K] and scale float32 [N, G] (bf16 numbers) -> suffix -> tensor, in compressed-tensors' layout."""
     stored = scale.to(torch.bfloat16)
     if not torch.equal(stored.float(), scale.float()):
-        raise ValueError("a scale is not a bf16 number: weights must be rounded against the scale that is stored")
+        raise ValueError(
+            "a scale is not a bf16 number: weights must be rounded against the scale that is stored"
+        )
     if scheme.weights.bits == 4:
         return {
             "weight_packed": pack_int4(codes),
@@ -22,7 +26,9 @@ def packed_tensors(codes: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> 
     return {"weight": codes.contiguous(), "weight_scale": stored}
 
 
-def expected_tensors(scheme: Scheme, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+def expected_tensors(
+    scheme: Scheme, rows: int, columns: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Suffix -> (safetensors dtype, shape) of a weight [rows, columns] in this scheme."""
     groups = columns // scheme.weights.group_size if scheme.weights.group_size else 1
     scale = ("BF16", (rows, groups))

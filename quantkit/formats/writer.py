@@ -34,7 +34,9 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if full:
-            raise QuantkitError(f"{path}: the disk is full; free space or choose another folder with -o") from None
+            raise QuantkitError(
+                f"{path}: the disk is full; free space or choose another folder with -o"
+            ) from None
         if isinstance(error, OSError) and error.errno is not None:
             raise QuantkitError(f"{path}: cannot be written ({error.strerror})") from None
         raise QuantkitError(f"{path}: cannot be written ({error})") from None
@@ -82,7 +84,9 @@ class OutputFolder:
         QuantkitError: the folder exists and is not ours, is ours and `overwrite` is not set, or cannot be made.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool = False, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    def __init__(
+        self, path: Path, *, overwrite: bool = False, shard_bytes: int = DEFAULT_SHARD_BYTES
+    ) -> None:
         self.path = path
         self.work = path / UNFINISHED
         self._shard_bytes = shard_bytes
@@ -104,7 +108,9 @@ class OutputFolder:
                 f"{self.path}: exists and was not written by quantkit; choose another folder with -o"
             )
         if (self.path / "config.json").is_file() and not overwrite:
-            raise QuantkitError(f"{self.path}: exists already; --overwrite replaces it, -o chooses another folder")
+            raise QuantkitError(
+                f"{self.path}: exists already; --overwrite replaces it, -o chooses another folder"
+            )
 
     def __enter__(self) -> OutputFolder:
         with writing(self.path):
@@ -141,7 +147,11 @@ class OutputFolder:
         self._shards.append({n: t.numel() * t.element_size() for n, t in self._pending.items()})
         self._pending, self._pending_bytes = {}, 0
 
-    def finish(self, side_files: dict[str, Callable[[Path], None]], config: Callable[[dict[str, str]], dict]) -> None:
+    def finish(
+        self,
+        side_files: dict[str, Callable[[Path], None]],
+        config: Callable[[dict[str, str]], dict],
+    ) -> None:
         """Name the shards, write the rest, move everything into place; config.json comes last.
 
         Args:

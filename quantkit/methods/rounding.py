@@ -134,12 +134,18 @@ def mse_scale(
     # Two or three bits clip much harder: fewer levels, and the bulk of a group is far below its maximum.
     ratios = torch.linspace(1.0, 0.5, 26) if grid.bits >= 4 else torch.linspace(1.0, 0.2, 41)
     chunk = max(1, _CHUNK // max(columns, 1))
-    found = [_search(rows, group_size, grid, weights, ratios.tolist()) for rows in weight.split(chunk)]
+    found = [
+        _search(rows, group_size, grid, weights, ratios.tolist()) for rows in weight.split(chunk)
+    ]
     return torch.cat(found)
 
 
 def _search(
-    weight: Tensor, group_size: int | None, grid: Grid, importance: Tensor | None, ratios: list[float]
+    weight: Tensor,
+    group_size: int | None,
+    grid: Grid,
+    importance: Tensor | None,
+    ratios: list[float],
 ) -> Tensor:
     groups = group(weight, group_size).float()
     start = absmax_scale(weight, group_size, grid)

@@ -25,7 +25,11 @@ def share_over_query_heads(d: torch.Tensor, structure: Structure) -> torch.Tenso
 
 @torch.no_grad()
 def fold_factor(
-    layer: nn.Module, group: InputGroup, d: torch.Tensor, structure: Structure, norm_dtype: torch.dtype
+    layer: nn.Module,
+    group: InputGroup,
+    d: torch.Tensor,
+    structure: Structure,
+    norm_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Divide a group's input by d in what feeds it, multiply the columns of its linears by d.
 
@@ -75,7 +79,10 @@ def fold_rope_factor(layer: nn.Module, a: torch.Tensor, structure: Structure) ->
         return shared.expand_as(a)
     for projection, factor in (
         (attention.k_proj, a.reshape(-1)),
-        (attention.q_proj, 1 / a.repeat_interleave(structure.heads // structure.kv_heads, 0).reshape(-1)),
+        (
+            attention.q_proj,
+            1 / a.repeat_interleave(structure.heads // structure.kv_heads, 0).reshape(-1),
+        ),
     ):
         projection.weight.mul_(factor[:, None])
         if projection.bias is not None:

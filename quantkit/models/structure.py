@@ -39,7 +39,9 @@ class InputGroup:
 
 
 INPUT_GROUPS = (
-    InputGroup("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", True),
+    InputGroup(
+        "qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", True
+    ),
     InputGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", False),
     InputGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", True),
     InputGroup("down", ("mlp.down_proj",), "mlp.up_proj", False),
@@ -83,11 +85,17 @@ def load_config(config: dict[str, Any], where: str) -> Any:
     if not isinstance(model_type, str):
         raise QuantkitError(f"{where}: config.json names no model_type")
     if model_type not in CONFIG_MAPPING:
-        raise QuantkitError(f"{where}: model_type {model_type!r} is unknown to transformers; {SUPPORTED} work")
+        raise QuantkitError(
+            f"{where}: model_type {model_type!r} is unknown to transformers; {SUPPORTED} work"
+        )
     try:
-        return CONFIG_MAPPING[model_type].from_dict({k: v for k, v in config.items() if k != "quantization_config"})
+        return CONFIG_MAPPING[model_type].from_dict(
+            {k: v for k, v in config.items() if k != "quantization_config"}
+        )
     except Exception as error:  # transformers validates with errors of many classes
-        raise QuantkitError(f"{where}: config.json is not valid for {model_type!r} ({_one_line(error)})") from None
+        raise QuantkitError(
+            f"{where}: config.json is not valid for {model_type!r} ({_one_line(error)})"
+        ) from None
 
 
 def build_skeleton(config: Any, where: str, *, attention: str = "sdpa") -> nn.Module:
@@ -95,11 +103,17 @@ def build_skeleton(config: Any, where: str, *, attention: str = "sdpa") -> nn.Mo
     from accelerate import init_empty_weights
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
-        raise QuantkitError(f"{where}: {config.model_type!r} is not a causal language model; {SUPPORTED} work")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(
+        config, "is_encoder_decoder", False
+    ):
+        raise QuantkitError(
+            f"{where}: {config.model_type!r} is not a causal language model; {SUPPORTED} work"
+        )
     try:
         with init_empty_weights(include_buffers=False):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention
+            )
     except Exception as error:
         raise QuantkitError(
             f"{where}: transformers cannot build this {config.model_type!r} ({_one_line(error)})"
@@ -117,7 +131,9 @@ def find_structure(model: nn.Module, where: str) -> Structure:
     name = type(model).__name__
 
     def refuse(why: str) -> QuantkitError:
-        return QuantkitError(f"{where}: {name} ({config.model_type}) is not supported: {why}; {SUPPORTED} work")
+        return QuantkitError(
+            f"{where}: {name} ({config.model_type}) is not supported: {why}; {SUPPORTED} work"
+        )
 
     layers = [
         (path, module) for path, module in model.named_modules()
@@ -125,21 +141,29 @@ def find_structure(model: nn.Module, where: str) -> Structure:
     ]  # fmt: skip
     if len(layers) != 1 or not layers[0][1]:
         raise refuse("no single list of decoder layers was found")
-    path, blocks = layers[0]
+    path, blocks = layers[0][0], list[Any](layers[0][1])
     expected = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
     for number, block in enumerate(blocks):
         children = dict(block.named_children())
         if set(children) != expected:
-            raise refuse(f"layer {number} has {', '.join(sorted(children))}, not {', '.join(sorted(expected))}")
+            raise refuse(
+                f"layer {number} has {', '.join(sorted(children))}, not {', '.join(sorted(expected))}"
+            )
         linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
         if set(linears) != set(LINEARS):
-            raise refuse(f"layer {number} has linears {', '.join(sorted(linears)) or 'of another kind'}")
+            raise refuse(
+                f"layer {number} has linears {', '.join(sorted(linears)) or 'of another kind'}"
+            )
         for norm in ("input_layernorm", "post_attention_layernorm"):
             if not _is_rms_norm(children[norm]):
-                raise refuse(f"layer {number}'s {norm} is not a plain RMSNorm (weight * normalised input)")
+                raise refuse(
+                    f"layer {number}'s {norm} is not a plain RMSNorm (weight * normalised input)"
+                )
     block = blocks[0]
     norms = {n for n, _ in block.self_attn.named_children()} - set(_ATTENTION) - {"rotary_fn"}
-    if norms not in (set(), {"q_norm", "k_norm"}) or not set(_MLP) <= {n for n, _ in block.mlp.named_children()}:
+    if norms not in (set(), {"q_norm", "k_norm"}) or not set(_MLP) <= {
+        n for n, _ in block.mlp.named_children()
+    }:
         raise refuse(f"its attention has {', '.join(sorted(norms))}")
     if getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
         raise refuse("RoPE turns only a part of each head")

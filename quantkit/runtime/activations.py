@@ -10,7 +10,9 @@ from quantkit.kernels.quantize_half import quantize_half
 from quantkit.kernels.quantize_int8 import quantize_int8
 
 
-def quantize_activation(x: torch.Tensor, form: ActivationFormat) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_activation(
+    x: torch.Tensor, form: ActivationFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., K] -> (codes [..., K] in int8 or e4m3, scale float32 [..., 1])."""
     if form.type == "float":
         return quantize_fp8(x)

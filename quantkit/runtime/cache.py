@@ -56,7 +56,9 @@ def packed_cache(model: Any) -> Cache:
         elif type(layer) is DynamicLayer:
             cache.layers[number] = PackedLayer(quantizer)
         else:
-            raise QuantkitError(f"layer {number}: no packed form of {type(layer).__name__}; quantize without kv_cache")
+            raise QuantkitError(
+                f"layer {number}: no packed form of {type(layer).__name__}; quantize without kv_cache"
+            )
     return cache
 
 
@@ -64,11 +66,15 @@ def generate_with_packed_cache(model: Any) -> None:
     """Make `model.generate` use the packed cache; a cache that the caller passes is left alone."""
     prepare = model._prepare_cache_for_generation
 
-    def prepare_packed(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prepare_packed(
+        generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         wanted = generation_config.cache_implementation
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             if wanted not in (None, "dynamic"):
-                raise QuantkitError(f"cache_implementation={wanted!r}: this model's cache is packed INT4; leave it out")
+                raise QuantkitError(
+                    f"cache_implementation={wanted!r}: this model's cache is packed INT4; leave it out"
+                )
             generation_config.cache_implementation = None
             model_kwargs["past_key_values"] = packed_cache(model)
             return None

@@ -29,6 +29,8 @@ class QuantLinear(nn.Module):
         scheme: the numeric format; it decides which op runs.
     """
 
+    weight: torch.Tensor
+    weight_packed: torch.Tensor
     weight_scale: torch.Tensor
     bias: torch.Tensor | None
 
@@ -42,8 +44,7 @@ class QuantLinear(nn.Module):
     @property
     def packed(self) -> torch.Tensor:
         """The weight as the op takes it."""
-        weight: torch.Tensor = self.weight_packed if self.scheme.weights.bits == 4 else self.weight
-        return weight
+        return self.weight_packed if self.scheme.weights.bits == 4 else self.weight
 
     @property
     def op(self) -> Op:
@@ -69,7 +70,8 @@ class QuantLinear(nn.Module):
         """The op's arguments for an input [..., K]."""
         scheme, acts = self.scheme, self.scheme.activations
         if scheme.weights.half:
-            assert acts is not None and scheme.rotation is not None
+            assert acts is not None
+            assert scheme.rotation is not None
             return (x, self.packed, self.weight_scale, self.bias, acts.bits, scheme.rotation)
         if scheme.rotation:
             x = hadamard(x, scheme.rotation)

@@ -65,14 +65,22 @@ def _replace_linears(model: nn.Module, checkpoint: Checkpoint, info: Quantizatio
         except AttributeError:
             linear = nn.Identity()
         if not isinstance(linear, nn.Linear):
-            raise QuantkitError(f"{checkpoint.path}: config.json says {name} is quantized; the model has no such linear")
-        for suffix, (dtype, shape) in expected_tensors(scheme, linear.out_features, linear.in_features).items():
+            raise QuantkitError(
+                f"{checkpoint.path}: config.json says {name} is quantized; the model has no such linear"
+            )
+        for suffix, (dtype, shape) in expected_tensors(
+            scheme, linear.out_features, linear.in_features
+        ).items():
             found = checkpoint.tensors.get(f"{name}.{suffix}")
             if found is None or (found.dtype, found.shape) != (dtype, shape):
                 what = f"is {found.dtype} {list(found.shape)}" if found else "is missing"
-                raise QuantkitError(f"{checkpoint.path}: {name}.{suffix} {what}; {dtype} {list(shape)} is expected")
+                raise QuantkitError(
+                    f"{checkpoint.path}: {name}.{suffix} {what}; {dtype} {list(shape)} is expected"
+                )
         parent, _, child = name.rpartition(".")
-        packed = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, scheme)
+        packed = QuantLinear(
+            linear.in_features, linear.out_features, linear.bias is not None, scheme
+        )
         setattr(model.get_submodule(parent), child, packed)
 
 
@@ -89,20 +97,26 @@ def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         tensor = checkpoint.load(name)
         module, _, kind = name.rpartition(".")
         if tuple(tensor.shape) != tuple(empty.shape):
-            raise QuantkitError(f"{checkpoint.path}: {name} is {list(tensor.shape)}, {list(empty.shape)} is expected")
+            raise QuantkitError(
+                f"{checkpoint.path}: {name} is {list(tensor.shape)}, {list(empty.shape)} is expected"
+            )
         packed = module in quantized and kind != "bias"
         state[name] = tensor if packed else tensor.to(dtype)
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     absent = [name for name in missing if name not in tied]
     if absent:
-        raise QuantkitError(f"{checkpoint.path}: tensor {absent[0]!r} is missing; the checkpoint is not complete")
+        raise QuantkitError(
+            f"{checkpoint.path}: tensor {absent[0]!r} is missing; the checkpoint is not complete"
+        )
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:
-        raise QuantkitError(f"{checkpoint.path}: nothing fills {left[0]!r}; the checkpoint is not complete")
+        raise QuantkitError(
+            f"{checkpoint.path}: nothing fills {left[0]!r}; the checkpoint is not complete"
+        )
 
 
 def _attach_quantizers(model: nn.Module, checkpoint: Checkpoint, info: QuantizationInfo) -> None:
@@ -116,8 +130,12 @@ def _attach_quantizers(model: nn.Module, checkpoint: Checkpoint, info: Quantizat
         except (SafetensorError, OSError) as error:
             raise QuantkitError(f"{path}: cannot be read ({error})") from None
     elif info.meta.get("post_rope_scale"):
-        raise QuantkitError(f"{path}: is missing; the keys of this checkpoint cannot be read without it")
-    attentions: list[Any] = [m for m in model.modules() if hasattr(m, "k_proj") and hasattr(m, "layer_idx")]
+        raise QuantkitError(
+            f"{path}: is missing; the keys of this checkpoint cannot be read without it"
+        )
+    attentions: list[Any] = [
+        m for m in model.modules() if hasattr(m, "k_proj") and hasattr(m, "layer_idx")
+    ]
     for attention in attentions:
         attention.kv_quantizer = KVQuantizer(info.kv_cache, scales.get(str(attention.layer_idx)))
 
@@ -129,4 +147,6 @@ def _generation_config(model: Any, path: Path) -> None:
         try:
             model.generation_config = GenerationConfig.from_pretrained(str(path))
         except Exception as error:  # validation errors of several kinds
-            raise QuantkitError(f"{path / 'generation_config.json'}: not valid ({' '.join(str(error).split())[:120]})") from None
+            raise QuantkitError(
+                f"{path / 'generation_config.json'}: not valid ({' '.join(str(error).split())[:120]})"
+            ) from None

@@ -18,7 +18,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Run]:
     """quantkit's main, in this process, in an empty working directory: (exit code, stdout, stderr)."""
     work = tmp_path / "work"
     work.mkdir()
@@ -52,7 +54,9 @@ def model(tiny, tmp_path: Path) -> Path:
 
 
 def test_models_that_are_none(run: Run, tmp_path: Path):
-    assert "no such model" in refused(run, "quantize", tmp_path / "nothing" / "at" / "all", "-r", "int4")
+    assert "no such model" in refused(
+        run, "quantize", tmp_path / "nothing" / "at" / "all", "-r", "int4"
+    )
     assert "did you mean 'llama'" in refused(run, "quantize", "lama", "-r", "int4")
     assert "hub" in refused(run, "quantize", "some-org/some-model", "-r", "int4")
     assert "no such model" in refused(run, "eval", "nothing")
@@ -76,7 +80,9 @@ def test_models_that_are_none(run: Run, tmp_path: Path):
 )
 def test_broken_checkpoints(run: Run, model: Path, text: Path, spoil, says: str):
     spoil(model)
-    assert says in refused(run, "quantize", model, "-r", "fireq", "--calib", text, "--samples", 4, "--seqlen", 64)
+    assert says in refused(
+        run, "quantize", model, "-r", "fireq", "--calib", text, "--samples", 4, "--seqlen", 64
+    )
 
 
 def _resize(path: Path, by: int) -> None:
@@ -99,7 +105,9 @@ def test_configs_that_do_not_fit(run: Run, model: Path, change_json, changes: di
     assert says in refused(run, "quantize", model, "-r", "int4")
 
 
-@pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+    "where", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"]
+)
 def test_not_finite_weights(run: Run, model: Path, where: str):
     from safetensors.torch import load_file, save_file
 
@@ -113,9 +121,15 @@ def test_not_finite_weights(run: Run, model: Path, where: str):
 
 def test_recipes_and_settings(run: Run, model: Path, tmp_path: Path):
     assert "did you mean 'fireq'" in refused(run, "quantize", model, "-r", "fireqq")
-    assert "is not a setting" in refused(run, "quantize", model, "-r", "int4", "--set", "weights.bitz=4")
-    assert "matches no linear" in refused(run, "quantize", model, "-r", "int4", "--set", "ignore=[nothing]")
-    assert "does not divide" in refused(run, "quantize", model, "-r", "int4", "--set", "weights.group_size=256")
+    assert "is not a setting" in refused(
+        run, "quantize", model, "-r", "int4", "--set", "weights.bitz=4"
+    )
+    assert "matches no linear" in refused(
+        run, "quantize", model, "-r", "int4", "--set", "ignore=[nothing]"
+    )
+    assert "does not divide" in refused(
+        run, "quantize", model, "-r", "int4", "--set", "weights.group_size=256"
+    )
     bad = tmp_path / "bad.yaml"
     bad.write_text("weights: {bits: 5}")
     assert "weights.bits: 5 is not supported" in refused(run, "quantize", model, "-r", bad)
@@ -146,10 +160,14 @@ def test_outputs(run: Run, model: Path, tmp_path: Path):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "novel.txt").write_text("precious")
-    assert "not written by quantkit" in refused(run, "quantize", model, "-r", "int4", "-o", theirs, "--overwrite")
+    assert "not written by quantkit" in refused(
+        run, "quantize", model, "-r", "int4", "-o", theirs, "--overwrite"
+    )
     assert (theirs / "novel.txt").read_text() == "precious"
     assert "is a file" in refused(run, "quantize", model, "-r", "int4", "-o", theirs / "novel.txt")
-    assert "cannot be written" in refused(run, "quantize", model, "-r", "int4", "-o", "/proc/nothing/here")
+    assert "cannot be written" in refused(
+        run, "quantize", model, "-r", "int4", "-o", "/proc/nothing/here"
+    )
 
 
 def test_an_output_of_ours_is_kept_unless_told(run: Run, model: Path, tmp_path: Path):
@@ -177,7 +195,9 @@ def test_a_full_disk(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.
     assert not out.exists()
 
 
-def test_too_little_disk_is_said_before_the_work(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch):
+def test_too_little_disk_is_said_before_the_work(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+):
     from types import SimpleNamespace
 
     from quantkit import pipeline
@@ -218,7 +238,17 @@ def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch):
 def test_interrupted(tiny, text: Path, tmp_path: Path):
     """Ctrl-C in the middle: 130, and nothing that looks finished."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "quantkit", "quantize", str(tiny()), "-r", "fireq", "-o", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "quantkit",
+        "quantize",
+        str(tiny()),
+        "-r",
+        "fireq",
+        "-o",
+        str(out),
+    ]
     command += ["--calib", str(text), "--samples", "150", "--seqlen", "128"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -242,4 +272,6 @@ def test_an_unfinished_output_does_not_look_finished(run: Run, model: Path, tmp_
     assert "no config.json" in refused(run, "verify", out)
     assert run("quantize", model, "-r", "int4", "-o", out)[0] == 0
     assert not (out / ".unfinished").exists()
-    assert json.loads((out / "config.json").read_text())["quantization_config"]["quantkit"]["shards"]
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["quantkit"][
+        "shards"
+    ]

@@ -117,7 +117,9 @@ def test_a_missing_shard(sharded: Path):
     assert name in refused(sharded)
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/outside.safetensors", "sub/in.safetensors", "x.bin"])
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/outside.safetensors", "sub/in.safetensors", "x.bin"]
+)
 def test_an_index_that_leads_elsewhere(sharded: Path, name: str):
     index = json.loads((sharded / INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = name

@@ -17,7 +17,9 @@ QUEST = Scheme(WeightFormat(4, 128, half=True), ActivationFormat(4, half=True), 
 
 
 def test_golden_w4a16():
-    config = build_quantization_config({"a.q_proj": W4A16, "a.k_proj": W4A16}, ["lm_head"], None, {"version": "0"})
+    config = build_quantization_config(
+        {"a.q_proj": W4A16, "a.k_proj": W4A16}, ["lm_head"], None, {"version": "0"}
+    )
     assert json.loads(json.dumps(config)) == {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -72,7 +74,11 @@ def test_golden_w4a16():
 def test_golden_schemes(scheme, form, weights, activations):
     group = build_quantization_config({"m": scheme}, [], None, {})["config_groups"]["group_0"]
     assert group["format"] == form
-    assert (group["weights"]["num_bits"], group["weights"]["type"], group["weights"]["strategy"]) == weights
+    assert (
+        group["weights"]["num_bits"],
+        group["weights"]["type"],
+        group["weights"]["strategy"],
+    ) == weights
     acts = group["input_activations"]
     assert (acts["num_bits"], acts["type"]) == activations
     assert (acts["strategy"], acts["dynamic"], acts["symmetric"]) == ("token", True, True)
@@ -80,7 +86,9 @@ def test_golden_schemes(scheme, form, weights, activations):
 
 def test_what_it_says_is_what_is_read_back():
     schemes = {"a": W4A16, "b": W8A8, "c": QUEST, "d": W4A8_FP8, "e": W4A16}
-    config = build_quantization_config(schemes, ["lm_head"], KVFormat(scale="fp8"), {"version": "0"})
+    config = build_quantization_config(
+        schemes, ["lm_head"], KVFormat(scale="fp8"), {"version": "0"}
+    )
     assert config["format"] == "mixed-precision"
     assert config["config_groups"]["group_0"]["targets"] == ["a", "e"]
     assert config["quantkit"]["requires"] == ["half_integer_grid", "online_hadamard"]
@@ -112,7 +120,9 @@ def test_golden_int4_packing():
 
 def test_packing_is_compressed_tensors_packing():
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    codes = torch.randint(-8, 8, (16, 256), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(
+        -8, 8, (16, 256), dtype=torch.int8, generator=torch.Generator().manual_seed(0)
+    )
     ours = packed_tensors(codes, torch.ones(16, 2), W4A16)["weight_packed"]
     assert torch.equal(ours, helpers.pack_to_int32(codes, 4))
 

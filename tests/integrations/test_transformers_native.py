@@ -29,11 +29,16 @@ def logits(model) -> torch.Tensor:
         ("crossquant-w4a8", (), 2e-2, 5e-2),
     ],
 )
-def test_same_weights_products_and_logits(quantized, model_type, recipe, settings, per_linear, per_logit):
+def test_same_weights_products_and_logits(
+    quantized, model_type, recipe, settings, per_linear, per_logit
+):
     from transformers import AutoModelForCausalLM
 
     folder = quantized(recipe, model_type, *settings)
-    theirs, ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), load(folder, dtype=torch.float32)
+    theirs, ours = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        load(folder, dtype=torch.float32),
+    )
     got, want = logits(ours), logits(theirs)
     assert float((got - want).abs().mean()) < per_logit
     linears = [name for name, m in ours.named_modules() if isinstance(m, QuantLinear)]
@@ -49,9 +54,9 @@ def test_same_weights_products_and_logits(quantized, model_type, recipe, setting
 def test_an_online_rotation_is_written_as_compressed_tensors_reads_it(quantized):
     """And applied from that description alone, it is our rotation."""
     from compressed_tensors.transform import TransformConfig, TransformFactory
+    from quantkit.kernels.hadamard import hadamard
 
     from quantkit.formats.checkpoint import Checkpoint
-    from quantkit.kernels.hadamard import hadamard
 
     config = Checkpoint(quantized("quest-hadamard")).config["quantization_config"]
     (name, scheme), *rest = TransformConfig(**config["transform_config"]).config_groups.items()

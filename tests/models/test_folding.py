@@ -35,7 +35,9 @@ def test_channel_factors(model, group):
         weight = layer.get_submodule(group.linears[0]).weight.clone()
         applied = fold_factor(layer, group, d, structure, torch.float64)
         assert torch.allclose(applied, d)
-        assert not torch.allclose(layer.get_submodule(group.linears[0]).weight, weight), "nothing was folded"
+        assert not torch.allclose(layer.get_submodule(group.linears[0]).weight, weight), (
+            "nothing was folded"
+        )
     assert same(logits(model), before)
 
 
@@ -63,11 +65,17 @@ def test_a_factor_of_o_proj_is_one_for_all_query_heads_of_a_kv_head(model):
 
 def test_rope_factors(model):
     structure, before = find_structure(model, "m"), logits(model)
-    a = torch.empty(2, 32, dtype=torch.float64).uniform_(0.05, 20, generator=torch.Generator().manual_seed(5))
+    a = torch.empty(2, 32, dtype=torch.float64).uniform_(
+        0.05, 20, generator=torch.Generator().manual_seed(5)
+    )
     a = torch.cat([a, a], 1)
     for layer in model.model.layers:
         applied = fold_rope_factor(layer, a, structure)
-        assert torch.equal(applied[:, :32], applied[:, 32:]), "both members of a RoPE pair need one factor"
+        assert torch.equal(applied[:, :32], applied[:, 32:]), (
+            "both members of a RoPE pair need one factor"
+        )
         if structure.key_norm:
-            assert torch.equal(applied.log2(), applied.log2().round()), "q_norm and k_norm are stored in 16 bits"
+            assert torch.equal(applied.log2(), applied.log2().round()), (
+                "q_norm and k_norm are stored in 16 bits"
+            )
     assert same(logits(model), before)

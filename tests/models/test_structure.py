@@ -45,14 +45,20 @@ def test_supported(model_type: str):
 )
 def test_refused_with_what_differs(model_type: str, says: str):
     with pytest.raises(QuantkitError) as error:
-        find_structure(build_skeleton(load_config({"model_type": model_type} | _TINY, "m"), "m"), "m")
+        find_structure(
+            build_skeleton(load_config({"model_type": model_type} | _TINY, "m"), "m"), "m"
+        )
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("config", "says"),
-    [({}, "names no model_type"), ({"model_type": "nonesuch"}, "unknown"), ({"model_type": 3}, "model_type")],
+    [
+        ({}, "names no model_type"),
+        ({"model_type": "nonesuch"}, "unknown"),
+        ({"model_type": 3}, "model_type"),
+    ],
 )
 def test_configs_that_are_none(config: dict, says: str):
     with pytest.raises(QuantkitError, match=says):
@@ -60,6 +66,8 @@ def test_configs_that_are_none(config: dict, says: str):
 
 
 def test_remote_code_is_not_asked_for():
-    config = load_config(make_config("llama").to_dict() | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}, "m")
+    config = load_config(
+        make_config("llama").to_dict() | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}, "m"
+    )
     assert type(build_skeleton(config, "m")).__name__ == "LlamaForCausalLM"
     assert torch.is_tensor(torch.ones(1))

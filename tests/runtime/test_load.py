@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantkit.kernels.packing import unpack_int4
 from tiny_models import ARCHITECTURES, VOCAB
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.config import parse_quantization_config
-from quantkit.kernels.packing import unpack_int4
 from quantkit.recipe import recipe_names
 from quantkit.runtime.linear import QuantLinear
 from quantkit.runtime.load import load
@@ -63,7 +63,9 @@ def _rounded(x: torch.Tensor, scheme) -> torch.Tensor:
     if acts.half:
         clip = {4: 2.51393, 8: 3.88494}[acts.bits]
         step = 2 * clip * x.square().mean(-1, keepdim=True).sqrt() / (2**acts.bits - 1)
-        return ((x / step).floor().clamp(-(2 ** (acts.bits - 1)), 2 ** (acts.bits - 1) - 1) + 0.5) * step
+        return (
+            (x / step).floor().clamp(-(2 ** (acts.bits - 1)), 2 ** (acts.bits - 1) - 1) + 0.5
+        ) * step
     top = x.abs().amax(-1, keepdim=True)
     if acts.type == "float":
         return (x / top * 448).float().to(torch.float8_e4m3fn).double() * top / 448
@@ -100,7 +102,9 @@ def test_prefill_and_decode_agree(quantized, recipe: str, model_type: str):
 
 def test_the_cache_is_packed(quantized):
     model = load(quantized("fireq"))
-    out = model.generate(ids(), max_new_tokens=5, do_sample=False, return_dict_in_generate=True, pad_token_id=1)
+    out = model.generate(
+        ids(), max_new_tokens=5, do_sample=False, return_dict_in_generate=True, pad_token_id=1
+    )
     layer = out.past_key_values.layers[0]
     assert layer.keys.dtype == torch.uint8
     assert layer.keys.shape == (2, 2, 44, 64 // 2 + 2)
@@ -113,7 +117,10 @@ def test_chunked_prefill_agrees(quantized):
     with torch.no_grad():
         whole = model(tokens, use_cache=False).logits
         cache = packed_cache(model)
-        parts = [model(chunk, past_key_values=cache, use_cache=True).logits for chunk in tokens.split(13, dim=1)]
+        parts = [
+            model(chunk, past_key_values=cache, use_cache=True).logits
+            for chunk in tokens.split(13, dim=1)
+        ]
     assert distance(torch.cat(parts, 1), whole) < 1e-3
 
 
@@ -134,7 +141,13 @@ def test_left_padding_changes_nothing(quantized, recipe: str):
 def test_beam_search_equals_a_cache_in_full(quantized):
     """Reordering packed keys must do what reordering plain ones does."""
     model = load(quantized("fireq"), dtype=torch.float32)
-    settings = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    settings = {
+        "max_new_tokens": 8,
+        "num_beams": 3,
+        "do_sample": False,
+        "pad_token_id": 1,
+        "eos_token_id": None,
+    }
     with_cache = model.generate(ids(), **settings)
     without = model.generate(ids(), use_cache=False, **settings)
     assert torch.equal(with_cache, without)
@@ -150,7 +163,9 @@ def test_sliding_windows(tmp_path: Path, text: Path):
     model = load(tmp_path / "out", dtype=torch.float32)
     tokens = ids(1, 40)
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
-    assert torch.equal(model.generate(tokens, **settings), model.generate(tokens, use_cache=False, **settings))
+    assert torch.equal(
+        model.generate(tokens, **settings), model.generate(tokens, use_cache=False, **settings)
+    )
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path):
@@ -181,7 +196,10 @@ def test_an_original_loads_as_transformers_loads_it(tiny):
         (lambda c: c["quantkit"].update(requires=["magic"]), "requires magic"),
         (lambda c: c["quantkit"].update(schemes=None), "malformed"),
         (lambda c: c["quantkit"]["modules"]["group_0"].append("model.nothing"), "no such linear"),
-        (lambda c: c["quantkit"]["schemes"]["group_0"]["weights"].update(group_size=64), "is expected"),
+        (
+            lambda c: c["quantkit"]["schemes"]["group_0"]["weights"].update(group_size=64),
+            "is expected",
+        ),
     ],
 )
 def test_a_changed_config_is_refused(quantized, tmp_path: Path, edit, says: str):
