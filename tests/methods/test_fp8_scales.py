@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+from quantkit.methods.fp8_scales import (
+    E4M3_MIN,
+    split_fp8_channel,
+    store_fp8_channel,
+    store_fp8_tensor,
+)
+from quantkit.methods.rounding import Grid, absmax_scale, dequantize, quantize
+
+
+def rows(kind: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand(500, 32, generator=generator) + 0.01
+    if kind == "wide":
+        scale = torch.exp(torch.randn(500, 32, generator=generator) * 6)
+    elif kind == "tiny":
+        scale *= 1e-30
+    elif kind == "huge":
+        scale *= 1e30
+    elif kind == "one":
+        scale = scale[:, :1]
+    elif kind == "equal":
+        scale = torch.full((500, 32), 0.0371)
+    return scale
+
+
+@pytest.mark.parametrize("kind", ["plain", "wide", "tiny", "huge", "one", "equal"])
+def test_codes_and_channel_scale_come_back_bit_for_bit(kind: str):
+    scale = rows(kind)
+    stored = store_fp8_channel(scale)
+    assert torch.equal(stored, stored.to(torch.bfloat16).float()), "what is stored is bf16"
+    codes, channel = split_fp8_channel(stored)
+    assert torch.equal((codes.float() * channel).to(torch.bfloat16).float(), stored)
+    assert torch.all(codes.float().amax(1) == 448)
+    assert torch.all(codes.float() >= E4M3_MIN)
+    top = channel * 448
+    assert torch.allclose(top, top.to(torch.bfloat16).float(), rtol=1e-6), (
+        "of a bf16 number, to float32's last bit"
+    )
+    again, same = split_fp8_channel(store_fp8_channel(stored))
+    assert torch.equal(again.view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(same, channel)
+
+
+def test_the_codes_are_the_nearest():
+    """Against a search over all 127 positive e4m3 numbers."""
+    every = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    scale = rows("plain")[:40]
+    codes, channel = split_fp8_channel(store_fp8_channel(scale))
+    for row in range(40):
+        for column in range(32):
+            ratio = float(scale[row, column]) / float(channel[row])
+            best = float((every - ratio).abs().min())
+            assert (
+                abs(float(codes[row, column]) - ratio)
+                <= best * 1.001 + 1e-6 * ratio + (ratio > 447) * 1.0
+            )
+
+
+def test_relative_error_is_that_of_four_bits():
+    scale = rows("plain")
+    assert float((store_fp8_channel(scale) / scale - 1).abs().max()) < 2**-4 * 1.05
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 300.0])
+def test_the_tensor_variant(size: float):
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(1)) * size
+    grid = Grid(4)
+    scale = absmax_scale(weight, 128, grid)
+    stored = store_fp8_tensor(scale, weight)
+    codes, channel = split_fp8_channel(stored)
+    assert torch.equal((codes.float() * channel).to(torch.bfloat16).float(), stored)
+    values = dequantize(quantize(weight, stored, grid), stored, grid)
+    plain = dequantize(quantize(weight, scale, grid), scale, grid)
+    assert float((values - weight).norm()) < 1.15 * float((plain - weight).norm())
