@@ -60,7 +60,7 @@ def quantize_layer(
         keys: statistics of the keys, or None.
         norm_dtype: the type norms are stored in.
     """
-    result = QuantizedLayer(report={"linears": {}, "factors": {}})
+    result = QuantizedLayer(report={"linears": {}, "factors": {}, "zero_fraction": {}})
     factors: dict[str, torch.Tensor] = {}
     if keys is not None and recipe.rope_scaling:
         result.post_scale = _scale_keys(layer, recipe, structure, keys)
@@ -79,6 +79,11 @@ def quantize_layer(
             factors[group.name] = fold_factor(layer, group, factor, structure, norm_dtype)
         result.report["factors"][group.name] = figures
     for group in INPUT_GROUPS:
+        if group.name in inputs:
+            figures = zero_fractions(
+                inputs[group.name], factors.get(group.name), schemes.get(prefix + group.linears[0])
+            )
+            result.report["zero_fraction"] |= {group.name: figures} if figures else {}
         for name in group.linears:
             scheme = schemes.get(prefix + name)
             if scheme is None:
@@ -97,7 +102,8 @@ def _scale_keys(
     layer: nn.Module, recipe: Recipe, structure: Structure, keys: KeyStatistics
 ) -> torch.Tensor | None:
     """FireQ's two factors on keys: folds the one before RoPE, returns the one after it."""
-    assert recipe.rope_scaling and keys.absmax is not None
+    assert recipe.rope_scaling
+    assert keys.absmax is not None
     assert keys.pairs is not None
     scaling = recipe.rope_scaling
     post, taken = None, torch.zeros_like(keys.absmax, dtype=torch.bool)

@@ -80,9 +80,10 @@ class KVCache(_Strict):
 class ChannelScaling(_Strict):
     """A per-channel factor moved from the activations into the weights; the function is unchanged.
 
-    Methods: `awq` (mean|x|^a), `smoothquant` (max|x|^a / max|w|^(1-a)), `balance` (rms(x)^a / rms(w)^(1-a)),
+    Methods: `awq` (mean|x|^a), `smoothquant` (max|x|^a / max|w|^(1-a)), `balance` ((rms(x) / rms(w))^a),
     `crossquant` (max|x|^(1-a)), `constant` (FireQ's: a / max|w|). `exponents` are the values of a; with
-    several, the one with the least output error of the quantized linears is taken, per place.
+    several, the one with the least output error of the quantized linears is taken, per place, no factor
+    at all among them.
     """
 
     method: Literal["awq", "smoothquant", "balance", "crossquant", "constant"]

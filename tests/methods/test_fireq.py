@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+from quantkit.methods.fireq import (
+    constant_factor,
+    kv4_fake_quantize,
+    pair_magnitude,
+    rope_post_factor,
+    rope_pre_factor,
+)
+
+
+def rope(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Half-split RoPE, written out."""
+    dim = x.shape[-1]
+    out = x.clone()
+    for i in range(dim // 2):
+        angle = positions * 10000 ** (-2 * i / dim)
+        a, b = x[..., i], x[..., i + dim // 2]
+        out[..., i] = a * angle.cos() - b * angle.sin()
+        out[..., i + dim // 2] = b * angle.cos() + a * angle.sin()
+    return out
+
+
+KEYS = torch.randn(2, 50, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+POSITIONS = torch.arange(50, dtype=torch.float64)
+
+
+def test_a_pairs_magnitude_does_not_turn():
+    before, after = pair_magnitude(KEYS), pair_magnitude(rope(KEYS, POSITIONS))
+    assert torch.allclose(before, after)
+    want = max(float((KEYS[1, t, 3] ** 2 + KEYS[1, t, 11] ** 2) ** 0.5) for t in range(50))
+    assert float(before[1, 3]) == float(before[1, 11]) == pytest.approx(want)
+
+
+def test_the_pre_factor_commutes_with_rope():
+    a = rope_pre_factor(pair_magnitude(KEYS), 2.0).double()
+    assert torch.allclose(rope(KEYS * a[:, None], POSITIONS), rope(KEYS, POSITIONS) * a[:, None])
+    assert torch.allclose(pair_magnitude(KEYS * a[:, None]), torch.full((2, 16), 2.0), rtol=1e-5)
+
+
+def test_the_post_factor_takes_outliers_and_their_partners():
+    absmax = torch.ones(2, 16)
+    absmax[0, [2, 9]] = torch.tensor([30.0, 50.0])
+    absmax[1, 15] = 20.0
+    b, taken = rope_post_factor(absmax, 1.5, 2)
+    assert taken[0].nonzero().flatten().tolist() == [1, 2, 9, 10]
+    assert bool(taken[1, 15])
+    assert bool(taken[1, 7])
+    for head in range(2):
+        for i in range(16):
+            want = 1.5 / float(absmax[head, i]) if taken[head, i] else 1.0
+            assert float(b[head, i]) == pytest.approx(want)
+
+
+def test_zeros_are_harmless():
+    zero = torch.zeros(1, 16)
+    assert torch.all(torch.isfinite(rope_pre_factor(zero, 1.0)))
+    assert torch.all(torch.isfinite(rope_post_factor(zero, 1.0, 3)[0]))
+    assert torch.all(torch.isfinite(constant_factor(torch.tensor([0.0, 1.0]), 0.01)))
+
+
+def test_the_constant_factor():
+    d = constant_factor(torch.tensor([0.5, 2.0]), 0.01)
+    assert float(d[0] / d[1]) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_kv4(scale_dtype: torch.dtype):
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
+    got = kv4_fake_quantize(x, scale_dtype)
+    for row in range(6):
+        scale = float((x[row].abs().max() / 7).to(scale_dtype))
+        for j in range(64):
+            code = min(max(round(float(x[row, j]) / scale), -7), 7)
+            assert float(got[row, j]) == pytest.approx(code * scale, abs=1e-5)
+
+
+def test_scaled_keys_lose_less():
+    """What the factors are for: keys with outlier channels, rounded to INT4 per token."""
+    keys = KEYS.clone()
+    keys[..., [3, 11, 6]] *= 40
+    rotated = rope(keys, POSITIONS)
+    query = torch.randn(2, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    query[..., [3, 11, 6]] /= 40
+    want = query @ rotated.transpose(1, 2)
+
+    def error(factor: torch.Tensor) -> float:
+        rounded = kv4_fake_quantize((rotated * factor).float(), torch.bfloat16).double()
+        return float(((query / factor) @ rounded.transpose(1, 2) - want).norm())
+
+    b, taken = rope_post_factor(rotated.abs().amax(1), 1.0, 3)
+    a = rope_pre_factor(pair_magnitude(rotated), 1.0)
+    both = torch.where(taken, b, a).double()[:, None]
+    assert error(both) < 0.25 * error(torch.ones_like(both))

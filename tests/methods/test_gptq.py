@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+from quantkit.methods.gptq import accumulate_hessian, gptq
+from quantkit.methods.rounding import Grid, absmax_scale, dequantize, gaussian_scale, quantize
+
+GRID = Grid(4)
+
+
+def problem(rows: int = 24, columns: int = 256, tokens: int = 600):
+    """A weight and strongly correlated inputs."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    x = torch.randn(tokens, columns, generator=generator) @ (
+        mix + 0.3 * torch.randn(1, columns, generator=generator)
+    )
+    weight = torch.randn(rows, columns, generator=generator)
+    return weight, x, 2 * x.T @ x
+
+
+def textbook(weight, hessian, scale, grid, damping, order):
+    """Optimal brain surgeon, a column at a time, with the inverse Hessian of what is left computed anew each time."""
+    w, h = weight.double().clone(), hessian.double().clone()
+    h += damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    width = weight.shape[1] // scale.shape[1]
+    codes = torch.zeros(weight.shape, dtype=torch.int8)
+    left = list(order)
+    while left:
+        inverse = torch.linalg.inv(h[left][:, left])
+        j = left[0]
+        s = scale[:, j // width].double()
+        level = torch.floor(w[:, j] / s) if grid.half else torch.round(w[:, j] / s)
+        q = level.clamp(-(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1)
+        codes[:, j] = q.to(torch.int8)
+        error = (w[:, j] - (q + (0.5 if grid.half else 0)) * s) / inverse[0, 0]
+        w[:, left] -= error[:, None] * inverse[0][None, :]
+        left = left[1:]
+    return codes
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("grid", [Grid(4), Grid(4, half=True), Grid(8)], ids=str)
+def test_equals_the_textbook(grid: Grid, act_order: bool):
+    weight, _, hessian = problem(columns=64)
+    scale = (gaussian_scale if grid.half else absmax_scale)(weight, 16, grid)
+    order = (
+        hessian.diagonal().argsort(descending=True, stable=True).tolist()
+        if act_order
+        else range(64)
+    )
+    want = textbook(weight, hessian, scale, grid, 0.01, order)
+    got = gptq(weight, hessian, scale, grid, act_order=act_order, block=24).codes
+    # A value that lies on a boundary may fall either way, and moves what follows it.
+    assert float((got == want).float().mean()) > 0.995
+
+
+@pytest.mark.parametrize("group_size", [32, 128, None])
+def test_beats_rounding_on_correlated_inputs(group_size: int | None):
+    weight, x, hessian = problem()
+    scale = absmax_scale(weight, group_size, GRID)
+
+    def error(codes: torch.Tensor) -> float:
+        return float((x @ (dequantize(codes, scale, GRID) - weight).T).square().sum())
+
+    assert error(gptq(weight, hessian, scale, GRID).codes) < 0.6 * error(
+        quantize(weight, scale, GRID)
+    )
+
+
+def test_the_block_size_changes_nothing():
+    weight, _, hessian = problem()
+    scale = absmax_scale(weight, 128, GRID)
+    codes = [gptq(weight, hessian, scale, GRID, block=b).codes for b in (1, 100, 128, 1000)]
+    assert all(float((c == codes[0]).float().mean()) > 0.995 for c in codes)
+
+
+def test_dead_inputs_are_rounded_plainly():
+    weight, x, _ = problem()
+    x[:, [3, 200]] = 0
+    scale = absmax_scale(weight, 128, GRID)
+    result = gptq(weight, 2 * x.T @ x, scale, GRID)
+    assert not result.fell_back
+    assert torch.equal(result.codes[:, [3, 200]], quantize(weight, scale, GRID)[:, [3, 200]])
+
+
+@pytest.mark.parametrize("spoil", ["nan", "inf", "negative", "zero"])
+def test_a_hessian_that_cannot_be_used_is_no_crash(spoil: str):
+    weight, _, hessian = problem()
+    if spoil == "negative":
+        hessian = -hessian
+    elif spoil == "zero":
+        hessian = torch.zeros_like(hessian)
+    else:
+        hessian[0, 0] = float(spoil)
+    scale = absmax_scale(weight, 128, GRID)
+    result = gptq(weight, hessian, scale, GRID)
+    assert result.fell_back == (spoil != "zero")
+    assert torch.equal(result.codes, quantize(weight, scale, GRID))
+
+
+def test_damping_grows_until_it_works():
+    weight, _, hessian = problem(columns=64)
+    values, vectors = torch.linalg.eigh(hessian)
+    values[0] = -0.05 * float(values.mean())
+    result = gptq(weight, vectors @ values.diag() @ vectors.T, absmax_scale(weight, 16, GRID), GRID)
+    assert not result.fell_back
+    assert result.damping == pytest.approx(0.1)
+
+
+def test_a_hessian_in_parts_is_the_hessian():
+    _, x, hessian = problem()
+    parts = torch.zeros_like(hessian)
+    for part in x.split(171):
+        accumulate_hessian(parts, part)
+    assert torch.allclose(parts, hessian, rtol=1e-4, atol=1e-2)
