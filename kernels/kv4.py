@@ -31,6 +31,12 @@ def _quantize(x: torch.Tensor, scale_dtype: str = "bfloat16") -> torch.Tensor:
         scale = scale.clamp(SMALLEST_E4M3, E4M3_MAX)
     stored = scale.to(SCALE_DTYPES[scale_dtype])
     codes = (x / safe_divisor(stored.float())).round_().clamp_(-_TOP, _TOP)
+    # An empty tensor's strides would not let it be seen as bytes.
+    stored = (
+        stored.clone(memory_format=torch.contiguous_format)
+        if stored.numel()
+        else stored.new_empty(stored.shape)
+    )
     low, high = (codes + 8).to(torch.uint8).chunk(2, dim=-1)
     return torch.cat((low | (high << 4), stored.view(torch.uint8)), dim=-1)
 

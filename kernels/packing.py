@@ -21,7 +21,9 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     """
     if codes.dim() != 2 or codes.shape[1] % PER_WORD:
         raise ValueError(f"codes must be [N, K] with K a multiple of 8, got {tuple(codes.shape)}")
-    unsigned = (codes + 8).view(torch.uint8)
+    if codes.numel() == 0:
+        return codes.new_empty((codes.shape[0], codes.shape[1] // PER_WORD), dtype=torch.int32)
+    unsigned = (codes.contiguous() + 8).view(torch.uint8)
     # Two nibbles to a byte, four bytes to a little-endian word: no 32-bit temporaries.
     return (unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)).view(torch.int32)
 

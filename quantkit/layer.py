@@ -20,6 +20,8 @@ from quantkit.models.structure import INPUT_GROUPS, InputGroup, Structure
 from quantkit.recipe import Recipe, Weights
 from quantkit.runtime.activations import round_activation
 
+# CrossQuant's own alpha, section 4 of the paper.
+_PAPER_ALPHA = 0.15
 _STORE = {
     "bf16": rounding.store_bf16,
     "fp8_channel": fp8_scales.store_fp8_channel,
@@ -80,10 +82,10 @@ def quantize_layer(
         result.report["factors"][group.name] = figures
     for group in INPUT_GROUPS:
         if group.name in inputs:
-            figures = zero_fractions(
+            shares = zero_fractions(
                 inputs[group.name], factors.get(group.name), schemes.get(prefix + group.linears[0])
             )
-            result.report["zero_fraction"] |= {group.name: figures} if figures else {}
+            result.report["zero_fraction"] |= {group.name: shares} if shares else {}
         for name in group.linears:
             scheme = schemes.get(prefix + name)
             if scheme is None:
@@ -151,6 +153,27 @@ def choose_factor(
         (e for e, d in zip(exponents, candidates) if d is best or torch.equal(d, best)), None
     )
     return best, {"method": method, "exponent": chosen, "errors": [float(e) for e in errors]}
+
+
+def zero_fractions(
+    stats: InputStatistics, factor: torch.Tensor | None, scheme: Scheme | None
+) -> dict[str, float] | None:
+    """Shares of an input's nonzero values that INT rounding loses: per token, folded, and in the paper's form.
+
+    Source: CrossQuant (arXiv 2410.07505), its "quantization kernel"; alpha is the paper's in the last.
+    """
+    acts = scheme.activations if scheme else None
+    if acts is None or acts.type != "int" or acts.half:
+        return None
+    rows = stats.rows
+    folded = rows if factor is None else rows / factor
+    return {
+        "per_token": crossquant.zero_fraction(rows, crossquant.per_token_scale(rows, acts.bits)),
+        "folded": crossquant.zero_fraction(folded, crossquant.per_token_scale(folded, acts.bits)),
+        "dynamic": crossquant.zero_fraction(
+            rows, crossquant.dynamic_scale(rows, acts.bits, _PAPER_ALPHA)
+        ),
+    }
 
 
 def _factor(

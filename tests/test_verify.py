@@ -68,16 +68,6 @@ def test_a_flipped_bit_is_found(folder: Path):
     assert "sha256" in verify(folder).problems[0]
 
 
-def test_garbage_is_found(folder: Path):
-    def spoil(tensors) -> None:
-        for name, tensor in tensors.items():
-            if name.endswith("weight_scale"):
-                tensor.mul_(100)
-
-    rewrite(folder, spoil)
-    assert any("sanity text" in problem for problem in verify(folder).problems)
-
-
 def test_what_is_not_ours(tiny):
     with pytest.raises(QuantkitError, match="not a quantized checkpoint"):
         verify(tiny())
