@@ -9,9 +9,7 @@ evenly over the books, are held out; the tokenizer and the model see the others 
 
 from __future__ import annotations
 
-import math
 import random
-import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -34,6 +32,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.utils.logging import disable_progress_bar
+
+from quantkit.evaluate.perplexity import perplexity
 
 ASSETS = Path(__file__).resolve().parents[1] / "quantkit" / "assets"
 WINDOW = 512
@@ -73,18 +73,17 @@ def read_chapters() -> list[str]:
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     books = iter(BOOKS.split("|"))
     chapters: list[list[str]] = []
-    book = abbreviation = number = ""
+    book = abbreviation = chapter = ""
     for line in lines:
-        match = re.fullmatch(r"(\d?[A-Za-z]+)(\d+):\d+ (.*)", line)
-        if match is None:
-            raise ValueError(f"not a verse: {line!r}")
-        if match[1] != abbreviation:
-            abbreviation, number, book = match[1], "", next(books)
-        if match[2] != number:
-            number = match[2]
-            chapters.append([f"{book} {number}", ""])
-        chapters[-1].append(" ".join(match[3].split()))
-    return ["\n".join(chapter) + "\n\n" for chapter in chapters]
+        reference, verse = line.split(maxsplit=1)
+        if reference.split(":")[0] != chapter:
+            chapter = reference.split(":")[0]
+            name = chapter.rstrip("0123456789")
+            if name != abbreviation:
+                abbreviation, book = name, next(books)
+            chapters.append([f"{book} {chapter.removeprefix(name)}", ""])
+        chapters[-1].append(" ".join(verse.split()))
+    return ["\n".join(lines) + "\n\n" for lines in chapters]
 
 
 def split_chapters(chapters: list[str]) -> tuple[list[str], list[str]]:
@@ -191,15 +190,6 @@ def schedule(progress: float) -> float:
     return min(1.0, progress / 0.02 + 0.01, max(0.0, (1.0 - progress) / 0.7))
 
 
-@torch.inference_mode()
-def perplexity(model: nn.Module, ids: Tensor) -> float:
-    """exp of the mean token loss over consecutive full windows; the last partial one is dropped."""
-    model.eval()
-    windows = ids[: ids.numel() // WINDOW * WINDOW].view(-1, WINDOW)
-    losses = [model(input_ids=w, labels=w).loss.double() for w in windows.split(1)]
-    return math.exp(torch.stack(losses).mean().item())
-
-
 def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
     """Muon for the matrices, AdamW for the embeddings and the norms."""
     named = list(model.named_parameters())
@@ -257,9 +247,9 @@ def train(
             total_loss, batches, step = total_loss + loss.item(), batches + 1, step + 1
         save(average.module, out)
         print(
-            f"epoch {epoch} step {step}/{total} minute {(time.monotonic() - began) / 60:.1f} "
+            f"epoch {epoch} step {step} minute {(time.monotonic() - began) / 60:.1f} "
             f"train {total_loss / max(batches, 1):.3f} "
-            f"held-out perplexity {perplexity(average.module, held_out):.3f}",
+            f"held-out perplexity {perplexity(average.module.eval(), held_out, WINDOW).ppl:.3f}",
             flush=True,
         )
         if progress() >= 1:
@@ -278,7 +268,7 @@ def report(out: Path) -> None:
     ids = encode(tokenizer, (out / "texts" / "sample.txt").read_text(encoding="utf-8"), True)
     size = (out / "llama" / "model.safetensors").stat().st_size
     print(f"{model.num_parameters():,} parameters, {size:,} bytes, {ids.numel():,} tokens")
-    print(f"held-out perplexity (bf16): {perplexity(model, ids):.3f}")
+    print(f"held-out perplexity (bf16): {perplexity(model, ids, WINDOW).ppl:.3f}")
     prompt = tokenizer("In the beginning", return_tensors="pt", return_token_type_ids=False)
     print(tokenizer.decode(model.generate(**prompt, max_new_tokens=30)[0]))
 

@@ -34,7 +34,8 @@ app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("recipes")(recipes.command)
 
-# typer carries click within itself from 0.2x on, under a name of its own: reach its classes through typer.
+_INTERRUPTED = 130
+# Newer releases of typer carry click within, under a name of its own: reach its classes through typer.
 _UsageError: type[Exception] = next(
     c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
 )
@@ -79,8 +80,10 @@ def main() -> None:
         _quiet()
     try:
         code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # typer turns Ctrl-C into this code, in silence
+            raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing that looks finished was left", 130)
+        _fail("interrupted; nothing that looks finished was left", _INTERRUPTED)
     except _UsageError as error:
         context = getattr(error, "ctx", None)
         what = " ".join(error.format_message().split())  # type: ignore[attr-defined]

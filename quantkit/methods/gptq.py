@@ -17,6 +17,9 @@ from quantkit.methods.rounding import Grid, quantize
 _RETRIES = 3
 # Below this size a triangular matrix is inverted by substitution, above it by halves.
 _LEAF = 512
+# Rows worked on together on a CPU: a block of columns stays in the cache, and torch rounds so few numbers on
+# one thread. Thousands of tiny parallel regions cost 10 ms each as soon as another process wants a core.
+_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,14 @@ def gptq(
     # Transposed: a column of the weight is then contiguous, and updates run along memory.
     work = weight.float().T[order]
     groups = order // (columns // scale.shape[1])
-    visited = _compensate(work, factor, scale.float().T.contiguous(), groups.tolist(), grid, block)
-    codes = torch.empty_like(visited)
-    codes[order] = visited
+    # Rows do not depend on each other. On a GPU splitting them would only add launches.
+    rows = _ROWS if weight.device.type == "cpu" else max(weight.shape[0], 1)
+    visited = [
+        _compensate(part.contiguous(), factor, level.T.contiguous(), groups.tolist(), grid, block)
+        for part, level in zip(work.split(rows, 1), scale.float().split(rows))
+    ]
+    codes = torch.empty_like(work, dtype=torch.int8)
+    codes[order] = torch.cat(visited, 1)
     return GptqResult(codes.T.contiguous(), damping, False)
 
 
@@ -102,7 +110,9 @@ def _compensate(
             level = scale[groups[j]]
             codes[j] = grid.encode(work[j], level)
             error = (work[j] - grid.decode(codes[j], level)) / diagonal[j]
-            work[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1.0)
+            # addmm of one column, not addr: the BLAS knows when threads do not pay, addr always takes them.
+            later = work[j + 1 : stop]
+            later.addmm_(factor[j, j + 1 : stop, None], error[None], alpha=-1.0)
             errors[j - start] = error
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1.0)
     return codes

@@ -2,12 +2,11 @@
 
 A scale [N, G] belongs to a weight [N, K] cut into G groups of K / G consecutive inputs. A method first
 chooses scales (`absmax_scale`, `mse_scale`, `gaussian_scale`), then rounds them to what the file stores
-(`store_*`), and rounds the weight against the *stored* scale.
+(`store_bf16`, or FP8 codes: fp8_scales.py), and rounds the weight against the *stored* scale.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +16,6 @@ from quantkit.methods.quest import half_step
 
 _TINY = torch.finfo(torch.bfloat16).tiny
 _BF16_MAX = torch.finfo(torch.bfloat16).max
-# FireQ's group scales are e4m3 numbers: the largest, and the smallest that is not zero.
-_CODE_MAX, _CODE_MIN = 448.0, 2.0**-9
-# A row's largest stored scale stays above this, so that its smallest one is a normal bfloat16 too.
-_TOP_MIN = 2.0**-100
 # Elements searched at a time: the passes over a chunk stay in the cache.
 _CHUNK = 1 << 20
 
@@ -72,9 +67,6 @@ class Grid:
 
     def _level(self, codes: Tensor) -> Tensor:
         return codes + 0.5 if self.half else codes
-
-
-INT4 = Grid(4)
 
 
 def group(weight: Tensor, group_size: int | None) -> Tensor:
@@ -193,66 +185,6 @@ def store_bf16(scale: Tensor) -> Tensor:
     """`scale` rounded to bfloat16, never to zero, a subnormal or infinity; float32, any shape."""
     # Clamped after the rounding too: the largest float32 numbers round up to infinity.
     return scale.float().to(torch.bfloat16).float().clamp(_TINY, _BF16_MAX)
-
-
-def store_fp8_channel(scale: Tensor) -> Tensor:
-    """Group scales [N, G] as an FP8 code times a channel scale, in one bfloat16 number each.
-
-    The value is bf16(code * c): each row's largest code is 448, 448 * c is a bfloat16 number and no code is
-    below 2^-9, the smallest e4m3 number. bfloat16 is so much finer than e4m3 that `split_fp8_channel` gets
-    codes and channel scales back bit for bit. Storing twice changes nothing.
-
-    Source: FireQ, arXiv 2505.20839 (FP8 group scales), with a scale per channel instead of per tensor.
-
-    Returns:
-        float32 [N, G], every number a bfloat16 one.
-    """
-    scale = scale.float()
-    top = scale.amax(1, keepdim=True).to(torch.bfloat16).float().clamp(_TOP_MIN, _BF16_MAX)
-    channel = top / _CODE_MAX
-    return (_e4m3(scale / channel) * channel).to(torch.bfloat16).float()
-
-
-def split_fp8_channel(stored: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes float8_e4m3fn [N, G] and channel scale float32 [N, 1] of what `store_fp8_channel` returned."""
-    stored = stored.float()
-    channel = stored.amax(1, keepdim=True) / _CODE_MAX
-    return _e4m3(stored / channel).to(torch.float8_e4m3fn), channel
-
-
-def store_fp8_tensor(scale: Tensor, weight: Tensor, grid: Grid = INT4) -> Tensor:
-    """Group scales [N, G] of `weight` [N, K] as FireQ rounds them, brought into the stored channel form.
-
-    One power of two p per tensor, the largest for which every dequantized |q * s| stays within 448;
-    s = e4m3(p * scale), never below 2^-9. The result is `store_fp8_channel` of s / p: the file holds channel
-    scales, so s is rounded once more, against its row's largest.
-
-    Source: FireQ, arXiv 2505.20839, linear layers.
-
-    Raises:
-        ValueError: K is not a multiple of G.
-    """
-    columns, groups = weight.shape[1], scale.shape[1]
-    if groups < 1 or columns % groups:
-        raise ValueError(f"{columns} inputs do not divide into {groups} groups")
-    # Codes grow with the weight, so a group's two extremes tell its largest |q|.
-    parts = group(weight, columns // groups).float()
-    extremes = torch.stack([parts.amin(-1), parts.amax(-1)])
-    peak = float(extremes.abs().max())
-    if not 0 < peak < math.inf:
-        return store_fp8_channel(scale)
-    # A clipping scale makes |q * s| smaller than |p * w|: start well above, and halve until it fits.
-    for exponent in range(min(math.floor(math.log2(_CODE_MAX / peak)) + 5, 100), -150, -1):
-        p = 2.0**exponent
-        s = _e4m3(scale.float() * p)
-        if float(grid.decode(grid.encode(extremes * p, s), s).abs().max()) <= _CODE_MAX:
-            break
-    return store_fp8_channel(s / p)
-
-
-def _e4m3(x: Tensor) -> Tensor:
-    """`x` rounded to the positive e4m3 numbers 2^-9 to 448, float32."""
-    return x.clamp(_CODE_MIN, _CODE_MAX).to(torch.float8_e4m3fn).float()
 
 
 def _positive(scale: Tensor, grid: Grid) -> Tensor:

@@ -58,8 +58,11 @@ def plant_outliers(
         A new dictionary; tensors that changed are back in their own types.
 
     Raises:
-        ValueError: a tensor that a factor must be undone in is missing.
+        ValueError: a tensor that a factor must be undone in is missing, or the family is Gemma's, whose norms
+            multiply by 1 + weight and follow the projections too.
     """
+    if "gemma" in str(config.get("model_type", "")):
+        raise ValueError(f"{config['model_type']} is not a Llama-like model")
     if not 0 < factor[0] <= factor[1]:
         raise ValueError(f"factor: {factor} is no range of positive numbers")
     draw = _Draw(factor, seed)
@@ -90,13 +93,15 @@ def _plant_keys(view: _Layer, config: dict[str, Any], draw: _Draw, pairs: int) -
     dim = config.get("head_dim") or config["hidden_size"] // heads
     if view.has("self_attn.k_norm.weight"):
         # A norm after the projection would undo a factor before it; its own weight is shared by all heads.
-        chosen, up = draw.channels(dim // 2, pairs), draw.factors(pairs)
+        chosen = draw.channels(dim // 2, pairs)
+        up = draw.factors(len(chosen))
         both, ups = torch.cat([chosen, chosen + dim // 2]), torch.cat([up, up])
         view.scale_rows("self_attn.k_norm", both, ups)
         view.scale_rows("self_attn.q_norm", both, 1 / ups)
         return
     for head in range(kv_heads):
-        chosen, up = draw.channels(dim // 2, pairs), draw.factors(pairs)
+        chosen = draw.channels(dim // 2, pairs)
+        up = draw.factors(len(chosen))
         both, ups = torch.cat([chosen, chosen + dim // 2]), torch.cat([up, up])
         view.scale_rows("self_attn.k_proj", head * dim + both, ups)
         group = heads // kv_heads

@@ -6,6 +6,7 @@ from quantkit.methods.fp8_scales import (
     split_fp8_channel,
     store_fp8_channel,
     store_fp8_tensor,
+    tensor_power,
 )
 from quantkit.methods.rounding import Grid, absmax_scale, dequantize, quantize
 
@@ -21,16 +22,19 @@ def rows(kind: str) -> torch.Tensor:
         scale *= 1e30
     elif kind == "one":
         scale = scale[:, :1]
+    elif kind == "ends":
+        scale = torch.tensor([[3.4e38, 1.0, 1e-45], [1e-45, 1e-45, 1e-45], [1.0, 2.0**-17, 1e-30]])
     elif kind == "equal":
         scale = torch.full((500, 32), 0.0371)
     return scale
 
 
-@pytest.mark.parametrize("kind", ["plain", "wide", "tiny", "huge", "one", "equal"])
+@pytest.mark.parametrize("kind", ["plain", "wide", "tiny", "huge", "one", "equal", "ends"])
 def test_codes_and_channel_scale_come_back_bit_for_bit(kind: str):
     scale = rows(kind)
     stored = store_fp8_channel(scale)
     assert torch.equal(stored, stored.to(torch.bfloat16).float()), "what is stored is bf16"
+    assert torch.all(torch.isfinite(stored) & (stored > 0))
     codes, channel = split_fp8_channel(stored)
     assert torch.equal((codes.float() * channel).to(torch.bfloat16).float(), stored)
     assert torch.all(codes.float().amax(1) == 448)
@@ -75,3 +79,27 @@ def test_the_tensor_variant(size: float):
     values = dequantize(quantize(weight, stored, grid), stored, grid)
     plain = dequantize(quantize(weight, scale, grid), scale, grid)
     assert float((values - weight).norm()) < 1.15 * float((plain - weight).norm())
+
+
+@pytest.mark.parametrize("shrink", [1.0, 0.6])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_power_is_the_largest_that_fits(seed: int, shrink: float):
+    """By trying every power of two, on every weight; `shrink` is a scale that clips."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(8, 64, generator=generator) * float(torch.rand(1, generator=generator))
+    scale = absmax_scale(weight, 16, Grid(4)) * shrink
+    fits = []
+    for power in (2.0**e for e in range(-5, 25)):
+        s = (scale * power).clamp(2**-9, 448).to(torch.float8_e4m3fn).double()
+        s = s.repeat_interleave(16, 1)
+        q = (weight.double() * power / s).round().clamp(-8, 7)
+        fits += [power] if float((q * s).abs().max()) <= 448 else []
+    assert tensor_power(scale, weight) == max(fits)
+
+
+def test_the_tensor_variant_of_weights_that_are_nothing():
+    weight = torch.zeros(4, 32)
+    stored = store_fp8_tensor(absmax_scale(weight, 16, Grid(4)), weight)
+    assert torch.all(torch.isfinite(stored) & (stored > 0))
+    with pytest.raises(ValueError, match="32 inputs do not divide into 3 groups"):
+        store_fp8_tensor(torch.ones(4, 3), weight)

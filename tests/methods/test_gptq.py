@@ -74,6 +74,41 @@ def test_the_block_size_changes_nothing():
     assert all(float((c == codes[0]).float().mean()) > 0.995 for c in codes)
 
 
+def test_many_rows_are_rounded_as_each_alone():
+    """Rows are worked on in parts; the last part is smaller."""
+    weight, _, hessian = problem(rows=2100, columns=32)
+    scale = absmax_scale(weight, 16, GRID)
+    codes = gptq(weight, hessian, scale, GRID, act_order=True).codes
+    for part in (slice(0, 30), slice(2040, 2100)):
+        alone = gptq(weight[part], hessian, scale[part], GRID, act_order=True).codes
+        assert float((codes[part] == alone).float().mean()) > 0.995
+
+
+def test_inputs_are_left_alone_and_checked():
+    weight, _, hessian = problem(columns=64)
+    scale = absmax_scale(weight, 16, GRID)
+    before = weight.clone(), hessian.clone(), scale.clone()
+    gptq(weight, hessian, scale, GRID)
+    gptq(weight, hessian, scale, GRID, act_order=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, (weight, hessian, scale)))
+    with pytest.raises(ValueError, match="Hessian of 64 inputs"):
+        gptq(weight, hessian[:32], scale, GRID)
+    with pytest.raises(ValueError, match="do not fit"):
+        gptq(weight, hessian, scale[:, :3], GRID)
+    with pytest.raises(ValueError, match="positive"):
+        gptq(weight, hessian, scale, GRID, damping=0.0)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_the_hessians_size_does_not_matter(size: float):
+    weight, _, hessian = problem(columns=64)
+    scale = absmax_scale(weight, 16, GRID)
+    same = (
+        gptq(weight, hessian, scale, GRID).codes == gptq(weight, hessian * size, scale, GRID).codes
+    )
+    assert float(same.float().mean()) > 0.995
+
+
 def test_dead_inputs_are_rounded_plainly():
     weight, x, _ = problem()
     x[:, [3, 200]] = 0

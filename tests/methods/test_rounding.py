@@ -39,6 +39,23 @@ def test_ties_go_to_even():
     assert codes.tolist() == [0, 2, 2, 0, -2, 7, -8]
 
 
+def test_scales_of_zero_and_values_that_are_none():
+    x = torch.tensor([3.0, 3.0, float("nan"), float("inf"), -float("inf")])
+    scale = torch.tensor([0.0, float("nan"), 1.0, 1.0, 1.0])
+    assert Grid(4).encode(x, scale).tolist() == [0, 0, 0, 7, -8]
+    assert Grid(4, half=True).encode(torch.tensor([-0.2, 0.0, 9.0]), torch.ones(3)).tolist() == [
+        -1,
+        0,
+        7,
+    ]
+
+
+@pytest.mark.parametrize(("bits", "half"), [(1, False), (0, True), (9, False)])
+def test_grids_there_are_not(bits: int, half: bool):
+    with pytest.raises(ValueError, match="bits must be"):
+        Grid(bits, half)
+
+
 def test_groups():
     assert torch.equal(group(WEIGHT, 64).reshape(16, 256), WEIGHT)
     assert group(WEIGHT, None).shape == (16, 1, 256)
@@ -62,6 +79,17 @@ def test_a_zero_group_is_harmless():
             float(dequantize(quantize(weight, scale, grid), scale, grid)[:, :64].abs().max())
             < 1e-30
         )
+
+
+def test_a_zero_group_leaves_its_rows_fp8_codes_alone():
+    """FP8 codes are relative to the row's largest scale: a zero group must not be that."""
+    weight = WEIGHT * 1e-3
+    weight[:, :64] = 0
+    weight[3] = 0
+    scale = absmax_scale(weight, 64, Grid(4))
+    others = scale[:, 1:].amax(1)
+    assert torch.equal(scale[:, 0], others)
+    assert torch.all(scale[3] > 0)
 
 
 def test_clipping_is_never_worse_and_heeds_importance():

@@ -70,6 +70,14 @@ def test_not_llama_like():
         plant_outliers({"a": torch.ones(1)}, {"num_hidden_layers": 1, "num_attention_heads": 1})
 
 
+def test_more_pairs_than_a_head_has():
+    model = make_model("llama")
+    state, config = model.state_dict(), model.config.to_dict()
+    assert plant_outliers(state, config, channels=10**6, pairs=10**6).keys() == state.keys()
+    with pytest.raises(ValueError, match="gemma"):
+        plant_outliers(state, config | {"model_type": "gemma2"})
+
+
 def test_the_example(tiny, tmp_path: Path):
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [

@@ -1,0 +1,105 @@
+"""What the commands print: for people, and as JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from quantkit.cli import main as cli
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    import logging
+
+    def call(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["quantkit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        assert exit_.value.code == 0, captured.err
+        return captured.out
+
+    yield call
+    logging.disable(logging.NOTSET)
+
+
+def test_quantize_as_json_is_one_object(run, tiny, tmp_path: Path):
+    report = json.loads(run("quantize", tiny(), "-r", "int4", "-o", tmp_path / "out", "--json"))
+    assert report["output"] == str(tmp_path / "out")
+    assert report["recipe"]["name"] == "int4"
+
+
+def test_eval_shows_the_original_beside(run, quantized, tiny, text: Path):
+    folder = quantized("int4")
+    out = run("eval", folder, "--ppl", text, "--limit", 5, "--seqlen", 64)
+    assert str(tiny()) in out
+    assert "ratio" in out
+    assert "protocol gptq: windows of 64 tokens" in out
+    data = json.loads(run("eval", folder, "--ppl", text, "--ppl", "sample", "--limit", 5, "--json"))
+    assert set(data) == {"model", "ppl", "baseline", "bytes", "seconds"}
+    assert set(data["ppl"]) == set(data["baseline"]) == {str(text), "sample"}
+    assert set(data["ppl"]["sample"]) == {
+        "ppl",
+        "tokens",
+        "windows",
+        "seqlen",
+        "stderr",
+        "protocol",
+    }
+    assert json.loads(run("eval", tiny(), "--limit", 2, "--json"))["baseline"] is None
+
+
+def test_the_last_one_quantized_here_is_the_default(run, tiny, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("quantize", tiny(), "-r", "int4")
+    assert (tmp_path / "model-int4" / "config.json").is_file()
+    assert json.loads(run("eval", "--limit", 1, "--json"))["model"] == "model-int4"
+    assert "whole" in run("verify")
+
+
+def test_plan(run, tiny):
+    plan = json.loads(run("plan", tiny(), "-r", "fireq", "--json"))
+    assert len(plan["modules"]) == 14
+    assert plan["linear_bytes"]["after"] / plan["linear_bytes"]["before"] < 0.27
+    assert plan["tensor_parallel"] == {"1": True, "2": False, "4": False, "8": False}
+    assert "W4A8-FP8 g128" in run("plan", tiny(), "-r", "fireq")
+    assert "garbage" in run("plan", tiny(), "-r", "quest-hadamard")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "op"), [("fireq", "int4_fp8_linear"), ("quest-hadamard", "hadamard_int4_linear")]
+)
+def test_inspect_says_which_implementation_runs(run, quantized, recipe: str, op: str, monkeypatch):
+    data = json.loads(run("inspect", quantized(recipe), "--json"))
+    entry = data["modules"]["model.layers.0.mlp.up_proj"]
+    assert (entry["op"], entry["decode"], entry["prefill"]) == (op, "cpu", "cpu")
+    assert sum(e["bytes"] for e in data["modules"].values()) + data["kept_bytes"] == data["bytes"]
+    monkeypatch.setenv("QUANTKIT_BACKEND", "reference")
+    assert "decode: reference" in run("inspect", quantized(recipe))
+
+
+def test_verify(run, quantized, tiny):
+    data = json.loads(run("verify", quantized("fireq"), "--against", tiny(), "--json"))
+    assert data["ok"] is True
+    assert data["problems"] == []
+
+
+def test_generate(run, quantized):
+    prompt = "The 5th line"
+    data = json.loads(run("generate", quantized("fireq"), prompt, "--max-new-tokens", 4, "--json"))
+    assert data["prompt"] == prompt
+    assert prompt in run("generate", quantized("fireq"), prompt, "--max-new-tokens", 4)
+
+
+def test_recipes(run):
+    assert "crossquant-w4a8" in run("recipes")
+    assert "group_size: 128" in run("recipes", "crossquant-w4a8")
+    assert json.loads(run("recipes", "int8", "--json"))["weights"]["bits"] == 8
+
+
+def test_help_is_quick_and_lists_the_commands(run, monkeypatch):
+    out = run("--help")
+    for command in ("quantize", "plan", "eval", "generate", "inspect", "verify", "recipes"):
+        assert command in out
