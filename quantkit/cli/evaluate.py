@@ -6,10 +6,9 @@ import time
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from quantkit.cli.models import model_or_last, source_of, tokenizer_of, weights_bytes
-from quantkit.cli.output import JsonOption, note, out, print_json, progress_bar, size
+from quantkit.cli.output import JsonOption, note, out, print_json, print_table, progress_bar, size
 from quantkit.errors import QuantkitError
 
 
@@ -101,19 +100,14 @@ def _print(
     compared: dict[str, Any] | None,
     sizes: dict[str, int],
 ) -> None:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("model")
-    table.add_column("weights", justify="right")
-    for text in texts:
-        table.add_column(f"ppl {text}", justify="right")
+    table = [["model", "weights", *(f"ppl {text}" for text in texts)]]
     rows = [(other, compared)] if other and compared else []
     for model, results in [*rows, (name, found)]:
-        cells = [_cell(results[text]) for text in texts]
-        table.add_row(model, size(sizes[str(model)]), *cells)
+        table.append([str(model), size(sizes[str(model)]), *(_cell(results[t]) for t in texts)])
     if other and compared:
         ratios = [f"{found[t]['ppl'] / compared[t]['ppl']:.4f}" for t in texts]
-        table.add_row("ratio", f"{sizes[name] / sizes[other]:.3f}", *ratios)
-    out.print(table)
+        table.append(["ratio", f"{sizes[name] / sizes[other]:.3f}", *ratios])
+    print_table(table)
     first = found[texts[0]]
     counts = ", ".join(
         f"{t}: {found[t]['windows']} windows, {found[t]['tokens']} tokens" for t in texts

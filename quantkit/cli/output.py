@@ -23,6 +23,14 @@ def print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data, indent=2, default=str))
 
 
+def print_table(rows: list[list[str]]) -> None:
+    """Aligned columns, the first to the left; never cut or wrapped, so that a script can read a path from it."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
+        print("  ".join(cells))
+
+
 def note(text: str) -> None:
     """A line on stderr that is no result."""
     err.print(text, style="dim", markup=False)
