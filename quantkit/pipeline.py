@@ -20,6 +20,7 @@ from quantkit.formats.config import build_quantization_config
 from quantkit.formats.packed import packed_tensors
 from quantkit.formats.writer import OutputFolder, save_tensors
 from quantkit.layer import QuantizedLayer, quantize_layer
+from quantkit.models.names import BUNDLED
 from quantkit.models.structure import INPUT_GROUPS
 from quantkit.plan import Plan, default_output, make_plan
 from quantkit.recipe import Recipe
@@ -236,11 +237,10 @@ def _write_layer(
                 codes.cpu(), scale.cpu(), plan.schemes[prefix + module]
             ).items():
                 folder.add(f"{prefix}{module}.{suffix}", tensor)
-        elif local in parameters or hasattr(layer.get_submodule(module), kind):
+        elif local in parameters:
             # Norms and biases may have taken a factor in; those that did not round back to the same bytes.
             original = plan.checkpoint.load(name)
-            changed = getattr(layer.get_submodule(module), kind)
-            folder.add(name, changed.detach().to("cpu", original.dtype))
+            folder.add(name, parameters[local].detach().to("cpu", original.dtype))
         else:
             folder.add(name, plan.checkpoint.load(name))
 
@@ -263,7 +263,7 @@ def _summary(
     model: str, plan: Plan, data: CalibrationSet | None, seed: int, seconds: float
 ) -> dict[str, Any]:
     return {
-        "source": str(plan.checkpoint.path) if model != "llama" else "llama",
+        "source": str(plan.checkpoint.path.resolve()) if model != BUNDLED else BUNDLED,
         "recipe": plan.recipe.model_dump(),
         "version": quantkit.__version__,
         "torch": torch.__version__,

@@ -82,6 +82,8 @@ def test_tensors_that_transformers_does_not_know_survive(tiny, tmp_path: Path):
     extra = {
         "mtp.head.weight": torch.randn(4, 4).bfloat16(),
         "model.layers.0.self_attn.extra": torch.arange(3),
+        # Llama 1's checkpoints have it, and transformers no longer does.
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(32),
     }
     save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
     # Within a layer an unknown tensor is copied; it is no parameter that a transform could miss.

@@ -39,6 +39,15 @@ def test_the_pre_factor_commutes_with_rope():
     assert torch.allclose(pair_magnitude(KEYS * a[:, None]), torch.full((2, 16), 2.0), rtol=1e-5)
 
 
+def test_both_members_of_a_pair_get_the_larger_ones_factor():
+    a = rope_pre_factor(torch.tensor([[1.0, 8.0, 4.0, 2.0]]), 2.0)
+    assert a.tolist() == [[0.5, 0.25, 0.5, 0.25]]
+    with pytest.raises(ValueError, match="3 channels"):
+        rope_pre_factor(torch.ones(1, 3), 1.0)
+    with pytest.raises(ValueError, match="top_k"):
+        rope_post_factor(torch.ones(1, 4), 1.0, 5)
+
+
 def test_the_post_factor_takes_outliers_and_their_partners():
     absmax = torch.ones(2, 16)
     absmax[0, [2, 9]] = torch.tensor([30.0, 50.0])
@@ -74,6 +83,18 @@ def test_kv4(scale_dtype: torch.dtype):
         for j in range(64):
             code = min(max(round(float(x[row, j]) / scale), -7), 7)
             assert float(got[row, j]) == pytest.approx(code * scale, abs=1e-5)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_kv4_of_nothing_and_of_too_much(scale_dtype: torch.dtype):
+    assert torch.equal(kv4_fake_quantize(torch.zeros(2, 8), scale_dtype), torch.zeros(2, 8))
+    huge = kv4_fake_quantize(torch.full((1, 8), 1e6), scale_dtype)
+    # e4m3's largest scale is 448; more saturates.
+    assert float(huge[0, 0]) == (
+        448 * 7 if scale_dtype != torch.bfloat16 else pytest.approx(1e6, rel=0.01)
+    )
+    with pytest.raises(ValueError, match="float32"):
+        kv4_fake_quantize(torch.ones(2, 8), torch.float32)
 
 
 def test_scaled_keys_lose_less():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from quantkit.methods.gptq import accumulate_hessian, gptq
+from quantkit.methods.gptq import _inverse_factor, accumulate_hessian, gptq
 from quantkit.methods.rounding import Grid, absmax_scale, dequantize, gaussian_scale, quantize
 
 GRID = Grid(4)
@@ -140,6 +140,22 @@ def test_damping_grows_until_it_works():
     result = gptq(weight, vectors @ values.diag() @ vectors.T, absmax_scale(weight, 16, GRID), GRID)
     assert not result.fell_back
     assert result.damping == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("columns", "shift", "damping"), [(1100, 0.0, 0.01), (64, 0.05, 0.1)])
+def test_the_factor_is_that_of_the_damped_inverse(columns: int, shift: float, damping: float):
+    """Large enough to be inverted by halves; and indefinite until the damping has grown."""
+    _, _, hessian = problem(columns=columns, tokens=2 * columns)
+    identity = torch.eye(columns, dtype=torch.float64)
+    values = torch.linalg.eigvalsh(hessian.double())
+    hessian -= ((values[0] + shift * values.mean()) * identity).float() if shift else 0
+    factor, used = _inverse_factor(hessian, torch.arange(columns), 0.01)
+    assert used == pytest.approx(damping)
+    assert factor is not None
+    assert torch.equal(factor, factor.triu())
+    mean = hessian.diagonal().double().mean()
+    damped = hessian.double() / mean + damping * identity
+    assert torch.allclose(factor.double().T @ factor.double() @ damped, identity, atol=1e-3)
 
 
 def test_a_hessian_in_parts_is_the_hessian():

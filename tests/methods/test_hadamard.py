@@ -37,3 +37,19 @@ def test_it_spreads_an_outlier():
     x = torch.zeros(1, 128)
     x[0, 5] = 128**0.5
     assert torch.allclose(rotate(x, 128).abs(), torch.ones(1, 128))
+
+
+@pytest.mark.parametrize("block", [1, 8, 128, 256, 1024])
+def test_every_block_is_multiplied_by_the_matrix(block: int):
+    """Also the blocks that are rotated in two steps."""
+    x = torch.randn(2, 3, 2 * block, generator=torch.Generator().manual_seed(1))
+    want = [part.double() @ hadamard_matrix(block) / block**0.5 for part in x.split(block, -1)]
+    got = rotate(x, block)
+    assert got.dtype == torch.float32
+    assert torch.allclose(got.double(), torch.cat(want, -1), atol=1e-5)
+
+
+def test_a_hessian_that_is_not_quite_symmetric():
+    h = torch.randn(16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    r = torch.block_diag(hadamard_matrix(8), hadamard_matrix(8)) / 8**0.5
+    assert torch.allclose(rotate_hessian(h, 8), r.T @ h @ r)

@@ -24,8 +24,8 @@ def test_the_clipping_factors_are_the_best_for_a_gaussian(bits: int):
         a, b = low + (high - low) / 3, high - (high - low) / 3
         low, high = (low, b) if gaussian_error(bits, a) < gaussian_error(bits, b) else (a, high)
     best = (low + high) / 2
-    # At 8 bits the paper's figure is 1 % below the optimum, where the error hardly changes.
-    assert clip == pytest.approx(best, rel=1.2e-2)
+    # From 6 bits on the paper's figures fall behind the optimum, where the error hardly changes.
+    assert clip == pytest.approx(best, rel={6: 2e-3, 7: 5e-3, 8: 1.2e-2}.get(bits, 5e-4))
     assert gaussian_error(bits, clip) < 1.01 * gaussian_error(bits, best)
 
 

@@ -106,6 +106,7 @@ def test_clipping_is_never_worse_and_heeds_importance():
     assert torch.all(error(clipped, ones) <= error(plain, ones) * (1 + 1e-5))
     assert float(error(clipped, ones).sum()) < 0.9 * float(error(plain, ones).sum())
     assert torch.all(error(heeding, importance) <= error(clipped, importance) * (1 + 1e-5))
+    assert float(error(heeding, importance).sum()) < 0.98 * float(error(clipped, importance).sum())
 
 
 def test_gaussian_scale_is_quests_step():

@@ -38,6 +38,11 @@ def test_normalised_and_safe():
     assert float(awq_factor(torch.tensor([0.0, 1.0, 2.0]), 0.0)[0]) == 1.0
 
 
+def test_extremes_are_clamped():
+    d = normalise(torch.tensor([1e-30, 1.0, 1.0, 1.0, 1e30]))
+    assert d.tolist() == pytest.approx([1e-4, 1.0, 1.0, 1.0, 1e4])
+
+
 def rounders():
     def activation(x: torch.Tensor) -> torch.Tensor:
         scale = per_token_scale(x, 8)
@@ -74,6 +79,33 @@ def test_the_identity_is_kept_where_nothing_is_better():
     x, w = torch.randn(50, 16), torch.randn(8, 16)
     best, _ = search([torch.full((16,), 1e-3).cumprod(0).clamp_min(1e-4)], x, [w], *rounders())
     assert torch.equal(best, torch.ones(16))
+
+
+def test_all_linears_that_share_the_input_count():
+    """The first is indifferent, the second decides."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(50, 16, generator=generator)
+    w = torch.randn(8, 16, generator=generator)
+    d = torch.ones(16)
+    d[3] = 100.0
+    activation, weight = rounders()
+    _, both = search([d], x, [w, 2 * w], activation, weight)
+    _, first = search([d], x, [w], activation, weight)
+    assert both == pytest.approx([5 * error for error in first], rel=1e-3)
+
+
+def test_an_error_that_is_no_number_never_wins():
+    x, w = torch.ones(2, 4), torch.eye(4)
+    candidates = [torch.full((4,), float("nan")), torch.full((4,), 2.0)]
+
+    def poor(w: torch.Tensor) -> torch.Tensor:
+        return w + (0.0 if float(w.max()) == 2.0 else 1.0)
+
+    best, errors = search(candidates, x, [w], lambda x: x, poor)
+    assert errors[1] == float("inf")
+    assert torch.equal(best, candidates[1])
+    best, _ = search(candidates[:1], x, [w], lambda x: x * float("nan"), poor)
+    assert torch.equal(best, torch.ones(4))
 
 
 def test_bad_arguments():
