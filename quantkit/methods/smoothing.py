@@ -48,6 +48,7 @@ def balance_factor(act_rms: Tensor, weight_rms: Tensor, exponent: float = 0.5) -
     return normalise(_power(act_rms.double() / weight_rms.double(), exponent))
 
 
+@torch.no_grad()
 def search(
     candidates: Sequence[Tensor],
     x: Tensor,

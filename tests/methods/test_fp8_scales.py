@@ -23,7 +23,14 @@ def rows(kind: str) -> torch.Tensor:
     elif kind == "one":
         scale = scale[:, :1]
     elif kind == "ends":
-        scale = torch.tensor([[3.4e38, 1.0, 1e-45], [1e-36, 1e-45, 1e-40], [1.0, 2.0**-17, 1e-30]])
+        scale = torch.tensor(
+            [
+                [3.4e38, 1.0, 1e-45],
+                [2e-32, 7e-33, 3e-33],
+                [1e-36, 1e-45, 1e-40],
+                [1.0, 2.0**-17, 1e-30],
+            ]
+        )
     elif kind == "equal":
         scale = torch.full((500, 32), 0.0371)
     return scale

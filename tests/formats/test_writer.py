@@ -1,0 +1,87 @@
+"""An output never looks finished before it is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.writer import UNFINISHED, OutputFolder, is_ours, sha256
+
+
+def config(hashes: dict[str, str]) -> dict:
+    return {"quantization_config": {"quantkit": {"shards": hashes}}}
+
+
+def write(path: Path, value: float = 1.0, **settings) -> None:
+    with OutputFolder(path, **settings) as folder:
+        folder.add("a", torch.full((4,), value))
+        folder.finish(
+            {"quantkit/side.txt": lambda target: target.write_text("side") and None}, config
+        )
+
+
+def test_a_finished_folder(tmp_path: Path):
+    out = tmp_path / "out"
+    write(out)
+    assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json", "quantkit"}
+    assert (out / "quantkit" / "side.txt").read_text() == "side"
+    shards = json.loads((out / "config.json").read_text())["quantization_config"]["quantkit"][
+        "shards"
+    ]
+    assert shards == {"model.safetensors": sha256(out / "model.safetensors")}
+    assert (out / "model.safetensors").stat().st_mode & 0o777 == (
+        out / "config.json"
+    ).stat().st_mode & 0o777
+    assert is_ours(out)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("after", range(3))
+def test_config_json_moves_last(tmp_path: Path, monkeypatch, after: int, overwrite: bool):
+    """Whenever moving into place stops, no config.json stands beside shards it does not belong to."""
+    out = tmp_path / "out"
+    if overwrite:
+        write(out, 2.0)
+    real, moved = Path.rename, []
+
+    def rename(self: Path, target: Path) -> Path:
+        if Path(target).parent == out:
+            if len(moved) == after:
+                raise OSError(5, "Input/output error")
+            moved.append(Path(target).name)
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(QuantkitError, match="cannot be written"):
+        write(out, overwrite=overwrite)
+    assert "config.json" not in moved
+    assert not (out / "config.json").exists()
+    assert not (out / UNFINISHED).exists()
+
+
+def fail(path: Path) -> None:
+    with OutputFolder(path) as folder:
+        folder.add("a", torch.ones(4))
+        raise RuntimeError
+
+
+def test_a_failure_removes_what_was_begun(tmp_path: Path):
+    out, kept = tmp_path / "deep" / "out", tmp_path / "kept"
+    with pytest.raises(RuntimeError):
+        fail(out)
+    assert not out.exists()
+    kept.mkdir()
+    with pytest.raises(RuntimeError):
+        fail(kept)
+    assert kept.is_dir()
+    assert not list(kept.iterdir())
+
+
+def test_a_tensor_twice_is_our_mistake(tmp_path: Path):
+    with OutputFolder(tmp_path / "out", shard_bytes=1) as folder:
+        folder.add("a", torch.ones(4))
+        folder.end_of_layer()
+        with pytest.raises(ValueError, match="twice"):
+            folder.add("a", torch.ones(4))
