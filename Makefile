@@ -16,7 +16,7 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/quantkit quantize llama --recipe fireq --overwrite
 	$(BIN)/quantkit eval llama-fireq --ppl sample
-	$(BIN)/quantkit generate llama-fireq "In the beginning" --max-new-tokens 32
+	$(BIN)/quantkit generate llama-fireq "And it came to pass" --max-new-tokens 32
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'

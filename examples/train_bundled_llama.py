@@ -1,7 +1,7 @@
 """Train the small Llama that ships in ``quantkit/assets/llama``, from the text to the checkpoint.
 
-The text is the King James Bible as Debian's ``bible-kjv`` package prints it. Whole chapters, spread
-evenly over the books, are held out; the tokenizer and the model see the others only.
+The text is the King James Bible as Debian's ``bible-kjv`` package prints it. Every 19th
+chapter is held out; the tokenizer and the model see the others only.
 
     python examples/train_bundled_llama.py             # text, tokenizer, model, perplexity
     python examples/train_bundled_llama.py --evaluate  # only the perplexity of what is there
