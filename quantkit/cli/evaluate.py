@@ -29,7 +29,13 @@ def command(
     seqlen: Annotated[
         int | None, typer.Option(help="Tokens in a window; 2048 or the model's maximum.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use at most so many windows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use at most so many windows, and examples of a task.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="lm-eval's tasks or task files, comma-separated (needs lm-eval)."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
@@ -40,15 +46,17 @@ def command(
     if seqlen is not None and seqlen < 2:
         raise QuantkitError(f"--seqlen {seqlen}: at least 2 is needed")
     name = model_or_last(model)
-    texts = ppl or ["sample"]
+    names = [task for task in (tasks or "").split(",") if task]
+    texts = ppl or ([] if names else ["sample"])
     other = source_of(name) if baseline is None else baseline
     other = None if other == "none" else other
     if model is None:
         note(f"model: {name}, quantized last in this folder")
     # The baseline's existence is checked before the first model costs its minutes.
     sizes = {m: weights_bytes(m) for m in (name, other) if m is not None}
-    found = _evaluate(name, texts, seqlen, limit, device)
-    compared = _evaluate(other, texts, seqlen, limit, device) if other else None
+    found = _evaluate(name, texts, seqlen, limit, device) if texts else {}
+    compared = _evaluate(other, texts, seqlen, limit, device) if other and texts else None
+    scores = {m: _tasks(m, names, limit, device) for m in sizes} if names else {}
     seconds = time.monotonic() - started
     if as_json:
         print_json(
@@ -59,9 +67,33 @@ def command(
                 "bytes": sizes[name],
                 "seconds": round(seconds, 2),
             }
+            | ({"tasks": scores} if names else {})
         )
         return
-    _print(name, other, texts, found, compared, sizes)
+    if texts:
+        _print(name, other, texts, found, compared, sizes)
+    if names:
+        _print_tasks(scores)
+
+
+def _tasks(model: str, names: list[str], limit: int | None, device: str) -> dict[str, Any]:
+    """Task -> its metrics."""
+    from quantkit.evaluate.tasks import run_tasks
+    from quantkit.runtime.load import load
+
+    return run_tasks(load(model, device=device), tokenizer_of(model), names, limit=limit)
+
+
+def _print_tasks(scores: dict[str, dict[str, Any]]) -> None:
+    models = list(scores)
+    rows = [["task", "metric", *models]]
+    for task, metrics in scores[models[0]].items():
+        for metric, value in metrics.items():
+            others = [
+                f"{scores[m].get(task, {}).get(metric, float('nan')):.4f}" for m in models[1:]
+            ]
+            rows.append([task, metric, f"{value:.4f}", *others])
+    print_table(rows)
 
 
 def _evaluate(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantkit.cli.models import model_or_last
 from quantkit.cli.output import JsonOption, out, print_json, size
+
+if TYPE_CHECKING:
+    from quantkit.formats.config import QuantizationInfo
 
 
 def command(
@@ -55,10 +58,21 @@ def command(
             }
         )
         return
+    _print(name, info, table, checkpoint.bytes, kept, modules)
+    for server, words in servers.items():
+        out.print(f"  {server:<13}{words}", markup=False)
+
+
+def _print(
+    name: str,
+    info: QuantizationInfo,
+    table: dict[str, dict[str, Any]],
+    total: int,
+    kept: int,
+    modules: bool,
+) -> None:
     recipe = info.meta.get("recipe", {}).get("name", "?")
-    out.print(
-        f"{name}: recipe {recipe}, quantkit {info.meta.get('version')}, {size(checkpoint.bytes)}"
-    )
+    out.print(f"{name}: recipe {recipe}, quantkit {info.meta.get('version')}, {size(total)}")
     groups: dict[tuple[str, ...], list[Any]] = defaultdict(list)
     for entry in table.values():
         groups[(entry["scheme"], entry["op"], entry["decode"], entry["prefill"])].append(
@@ -83,8 +97,6 @@ def command(
         out.print(
             f"  calibrated on {calibration['name']}: {calibration['samples']} x {calibration['seqlen']} tokens"
         )
-    for server, words in servers.items():
-        out.print(f"  {server:<13}{words}", markup=False)
 
 
 def _backends(name: str) -> dict[str, dict[str, str]]:

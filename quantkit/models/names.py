@@ -41,8 +41,8 @@ def find_model(model: str) -> Path:
     if _HUB_ID.fullmatch(model) and not model.startswith((".", "/")):
         return _from_hub(model)
     close = difflib.get_close_matches(model, [BUNDLED], cutoff=0.5)
-    hint = f"did you mean {close[0]!r}, " if close else "name "
-    raise QuantkitError(f"{model}: no such model; {hint}a folder, or a hub id like org/name?")
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise QuantkitError(f"{model}: no such model; {hint}name a folder, or a hub id like org/name")
 
 
 def _from_hub(model: str) -> Path:
