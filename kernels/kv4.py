@@ -38,7 +38,8 @@ def _quantize(x: torch.Tensor, scale_dtype: str = "bfloat16") -> torch.Tensor:
         else stored.new_empty(stored.shape)
     )
     low, high = (codes + 8).to(torch.uint8).chunk(2, dim=-1)
-    return torch.cat((low | (high << 4), stored.view(torch.uint8)), dim=-1)
+    tail = stored.reshape(-1).view(torch.uint8).reshape(*x.shape[:-1], stored.itemsize)
+    return torch.cat((low | (high << 4), tail), dim=-1)
 
 
 def _check_quantize(x: torch.Tensor, scale_dtype: str = "bfloat16") -> None:
@@ -73,7 +74,8 @@ def _dequantize(
 def split(packed: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 [..., P] -> (nibble pairs uint8 [..., head_dim / 2], scale [..., 1])."""
     codes, tail = packed.split((head_dim // 2, packed.shape[-1] - head_dim // 2), dim=-1)
-    return codes, tail.contiguous().view(scale_dtype_of(packed, head_dim))
+    scale = tail.reshape(-1).view(scale_dtype_of(packed, head_dim))
+    return codes, scale.reshape(*packed.shape[:-1], 1)
 
 
 def scale_dtype_of(packed: torch.Tensor, head_dim: int) -> torch.dtype:

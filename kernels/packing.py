@@ -25,7 +25,8 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
         return codes.new_empty((codes.shape[0], codes.shape[1] // PER_WORD), dtype=torch.int32)
     unsigned = (codes.contiguous() + 8).view(torch.uint8)
     # Two nibbles to a byte, four bytes to a little-endian word: no 32-bit temporaries.
-    return (unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)).view(torch.int32)
+    pairs = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+    return pairs.reshape(-1).view(torch.int32).reshape(len(codes), codes.shape[1] // PER_WORD)
 
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:

@@ -43,17 +43,6 @@ def test_dequantize(scale_dtype: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("scale_dtype", list(STORED))
-def test_a_packed_vector_is_a_fixed_point(scale_dtype: str) -> None:
-    once = kv4_dequantize(kv4_quantize(torch.randn(20, 128), scale_dtype), 128, torch.float32)
-    twice = kv4_dequantize(kv4_quantize(once, scale_dtype), 128, torch.float32)
-    # A scale rounded up can leave the largest code at 6: then the second scale differs.
-    kept = once.abs().amax(-1) / kv4_quantize(once, scale_dtype).shape[-1] >= 0
-    assert kept.all()
-    torch.testing.assert_close(once, twice, rtol=0.2, atol=0.2)
-
-
-@pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("scale_dtype", list(STORED))
 def test_zeros_small_and_large(scale_dtype: str) -> None:
     x = torch.zeros(4, 32)
     x[1], x[2], x[3] = 1e-5, 1e4, -1e4
