@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import int4_weight
+from .cpu import linear
 from .dispatch import Op
 from .int4_fp8_linear import check_row_scale
 
@@ -50,8 +51,12 @@ def _cpu(
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     # INT8 values are exact in bf16; a float32 result needs float32 partial sums.
+    rows = xq.reshape(-1, xq.shape[-1])
+    fused = linear.int4(rows, weight, scale, x_scale, bias, out_dtype)
+    if fused is not None:
+        return fused.reshape(*xq.shape[:-1], len(weight))
     wide = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
-    y = int4_weight.matmul(xq.reshape(-1, xq.shape[-1]).to(wide), weight, scale)
+    y = int4_weight.matmul(rows.to(wide), weight, scale)
     return int4_weight.finish(y, x_scale, bias, (*xq.shape[:-1], len(weight)), out_dtype)
 
 

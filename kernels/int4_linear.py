@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import int4_weight
+from .cpu import linear
 from .dispatch import Op
 
 
@@ -37,6 +38,9 @@ def _cpu(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
+    fused = linear.int4(rows, weight, scale, None, bias, x.dtype)
+    if fused is not None:
+        return fused.reshape(*x.shape[:-1], len(weight))
     # Half precision has no native product and a small range: float32 serves it.
     rows = rows if x.dtype == torch.bfloat16 else rows.float()
     y = int4_weight.matmul(rows, weight, scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .cpu import linear
 from .dispatch import Op
 from .int4_fp8_linear import check_row_scale
 
@@ -42,7 +43,11 @@ def _cpu(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    sums = torch._int_mm(xq.reshape(-1, xq.shape[-1]).contiguous(), weight.t())
+    rows = xq.reshape(-1, xq.shape[-1])
+    y = linear.int8(rows, weight, scale, x_scale, bias, out_dtype)
+    if y is not None:
+        return y.reshape(*xq.shape[:-1], len(weight))
+    sums = torch._int_mm(rows.contiguous(), weight.t())
     return _finish(sums, x_scale, scale, bias, (*xq.shape[:-1], len(weight)), out_dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .cpu import rows
 from .dispatch import Op
 from .quantize_fp8 import check as check_activation
 from .quantize_fp8 import safe_divisor
@@ -40,6 +41,13 @@ def _reference(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     return codes.to(torch.int8), step
 
 
+def _cpu(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    half = 2 ** (bits - 1)
+    factor = 2 * GAUSSIAN_CLIP[bits] / (2**bits - 1)
+    found = rows.quantize(x, rows.HALF_INTEGER, -half, half - 1, factor)
+    return _reference(x, bits) if found is None else found
+
+
 def _check(x: torch.Tensor, bits: int) -> None:
     check_activation(x)
     if bits not in GAUSSIAN_CLIP:
@@ -53,4 +61,4 @@ def _fake(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-quantize_half = Op("quantize_half", _reference, check=_check, fake=_fake, cpu=_reference)
+quantize_half = Op("quantize_half", _reference, check=_check, fake=_fake, cpu=_cpu)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .cpu import rows
 from .dispatch import Op
 from .quantize_fp8 import check as check_activation
 from .quantize_fp8 import safe_divisor
@@ -26,6 +27,12 @@ def _reference(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tens
     return codes.to(torch.int8), scale
 
 
+def _cpu(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    top = 2 ** (bits - 1) - 1
+    found = rows.quantize(x, rows.INTEGER, -top - 1, top)
+    return _reference(x, bits) if found is None else found
+
+
 def _check(x: torch.Tensor, bits: int = 8) -> None:
     check_activation(x)
     if bits not in (4, 8):
@@ -39,4 +46,4 @@ def _fake(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-quantize_int8 = Op("quantize_int8", _reference, check=_check, fake=_fake, cpu=_reference)
+quantize_int8 = Op("quantize_int8", _reference, check=_check, fake=_fake, cpu=_cpu)

@@ -1,0 +1,129 @@
+"""The native CPU products of INT4 and INT8 weights, called on torch tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from . import native
+
+_KINDS = {torch.bfloat16: 0, torch.float8_e4m3fn: 1, torch.int8: 2}
+_HALF_KIND = 3
+_ROWS = 64  # outputs of a block; both products work on whole ones
+_INPUTS = 32  # inputs of a tile
+
+
+def int4(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    half: bool = False,
+) -> torch.Tensor | None:
+    """row_scale * (x @ w^T) + bias -> [M, N], with float32 sums; None where it cannot be had.
+
+    Args:
+        x: [M, K] bf16, e4m3 or int8; int8 is n + 1/2 where `half`.
+        weight: uint8 [N, K / 2] from `int4pack.repack`.
+        scale: bf16 [G, N, 2] from there; q * scale, or (q + 1/2) * scale where `half`.
+        row_scale: float32 [M, 1] or None.
+        bias: [N] or None.
+        out_dtype: of the result; float16 comes by way of float32.
+    """
+    library = native.library()
+    n, k, groups = weight.shape[0], weight.shape[1] * 2, scale.shape[0]
+    if (
+        library is None
+        or weight.dtype != torch.uint8
+        or scale.dim() != 3
+        or scale.dtype != torch.bfloat16
+        or x.dtype not in _KINDS
+        or n % _ROWS
+        or (k // groups) % _INPUTS
+    ):
+        return None
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    kind = _HALF_KIND if half and x.dtype == torch.int8 else _KINDS[x.dtype]
+    out = x.new_empty(len(x), n, dtype=_written(out_dtype))
+    if len(x):
+        failed = library.quantkit_int4_linear(
+            x.data_ptr(),
+            x.stride(0) * x.element_size(),
+            kind,
+            weight.data_ptr(),
+            scale.data_ptr(),
+            half,
+            _float(row_scale),
+            _float(bias := _as_float(bias)),
+            out.data_ptr(),
+            out.dtype == torch.float32,
+            *(len(x), n, k, k // groups),
+            torch.get_num_threads(),
+            native.level(),
+        )
+        _check(failed, out)
+    return out.to(out_dtype)
+
+
+def int8(
+    xq: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    row_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor | None:
+    """row_scale * scale * (xq @ weight^T) + bias -> [M, N], exact sums; None where it cannot be had.
+
+    Args:
+        xq: int8 [M, K].
+        weight: int8 [N, K].
+        scale: [N, 1].
+        row_scale: float32 [M, 1].
+        bias: [N] or None.
+        out_dtype: of the result; float16 comes by way of float32.
+    """
+    library = native.library()
+    n, k = weight.shape
+    if library is None or native.level() < 2 or n % _ROWS or k % 64 or not weight.is_contiguous():
+        return None
+    xq = xq if xq.stride(-1) == 1 else xq.contiguous()
+    scale, bias = scale.float().contiguous(), _as_float(bias)
+    out = xq.new_empty(len(xq), n, dtype=_written(out_dtype))
+    if len(xq):
+        failed = library.quantkit_int8_linear(
+            xq.data_ptr(),
+            xq.stride(0),
+            weight.data_ptr(),
+            scale.data_ptr(),
+            _float(row_scale),
+            _float(bias),
+            out.data_ptr(),
+            out.dtype == torch.float32,
+            *(len(xq), n, k),
+            torch.get_num_threads(),
+        )
+        _check(failed, out)
+    return out.to(out_dtype)
+
+
+def _written(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def _as_float(vector: torch.Tensor | None) -> torch.Tensor | None:
+    return None if vector is None else vector.float().contiguous()
+
+
+def _float(vector: torch.Tensor | None) -> int | None:
+    """The address of a contiguous float32 tensor, which the caller keeps alive."""
+    if vector is None:
+        return None
+    assert vector.dtype == torch.float32 and vector.is_contiguous()
+    return vector.data_ptr()
+
+
+def _check(failed: int, out: torch.Tensor) -> None:
+    if failed:
+        raise MemoryError(f"no memory for the scratch space of a product {tuple(out.shape)}")

@@ -1,0 +1,105 @@
+"""Compile the C++ beside this file once per machine and call it.
+
+torch has no fast product of INT4 weights with more than a few rows on a CPU. Where a C++ compiler and
+an AVX-512-BF16 processor are there, ours is compiled at its first use (about a second) and kept in
+`$QUANTKIT_CACHE` (default `~/.cache/quantkit`) under a hash of the source, the flags and the compiler.
+Elsewhere, and with `QUANTKIT_NATIVE=0`, callers get None and take torch's own ops.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+ENV = "QUANTKIT_NATIVE"
+_SOURCES = ("int4_linear.cpp", "int8_linear.cpp", "rows.cpp")
+_FLAGS = (
+    "-O3 -std=c++17 -fopenmp -shared -fPIC -w "
+    "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma"
+).split()
+_LOG = logging.getLogger("quantkit")
+
+POINTER, INT, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+
+
+def cache_folder() -> Path:
+    """Where machine-dependent results are kept: `$QUANTKIT_CACHE`, or the user's cache folder."""
+    chosen = os.environ.get("QUANTKIT_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The compiled library, or None where it cannot be had (the reason is logged once)."""
+    if os.environ.get(ENV) == "0":
+        return None
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        _LOG.warning(
+            "no C++ compiler (c++, or $CXX) was found: INT4 layers run torch's own product, "
+            "which is slow from 8 rows on"
+        )
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        _LOG.warning(
+            "%s could not compile the CPU kernels, torch's own run instead: %s",
+            compiler,
+            str(reason).strip().splitlines()[-1:],
+        )
+        return None
+    if not loaded.quantkit_level():
+        return None
+    loaded.quantkit_int4_linear.argtypes = [
+        *(POINTER, SIZE, INT, POINTER, POINTER, INT, POINTER, POINTER, POINTER, INT),
+        *(SIZE, SIZE, SIZE, SIZE, INT, INT),
+    ]
+    loaded.quantkit_int8_linear.argtypes = [
+        *(POINTER, SIZE, POINTER, POINTER, POINTER, POINTER, POINTER, INT),
+        *(SIZE, SIZE, SIZE, INT),
+    ]
+    loaded.quantkit_quantize_rows.argtypes = [
+        *(POINTER, INT, SIZE, SIZE, SIZE, INT, FLOAT, FLOAT, FLOAT, POINTER, POINTER, INT),
+    ]
+    loaded.quantkit_quantize_rows.restype = None
+    return loaded
+
+
+@lru_cache(maxsize=1)
+def level() -> int:
+    """0: no native library; 1: AVX-512-BF16; 2: AMX as well."""
+    loaded = library()
+    return 0 if loaded is None else int(loaded.quantkit_level())
+
+
+def _compiled(compiler: str) -> Path:
+    sources = [Path(__file__).with_name(name) for name in _SOURCES]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    digest = hashlib.sha256(" ".join([*_FLAGS, version.stdout]).encode())
+    for source in sorted(Path(__file__).parent.glob("*.[ch]pp")):
+        digest.update(source.read_bytes())
+    target = cache_folder() / "native" / f"cpu-{digest.hexdigest()[:16]}.so"
+    if target.is_file():
+        return target
+    # Code is loaded from here: nobody else may write to it.
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        built = Path(folder) / target.name
+        command = [compiler, *_FLAGS, *map(str, sources), "-o", str(built)]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        os.replace(built, target)
+    return target

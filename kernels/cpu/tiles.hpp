@@ -1,0 +1,40 @@
+// AMX tiles of 16 rows by 64 bytes, and scratch memory.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstdlib>
+
+#define QUANTKIT_AMX __attribute__((target("amx-tile,amx-bf16,amx-int8")))
+
+namespace {
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// For the calling thread; the state is its own, so every parallel region configures and releases.
+QUANTKIT_AMX inline void configure_tiles() {
+    TileConfig config;
+    for (int tile = 0; tile < 8; ++tile) {
+        config.bytes[tile] = 64;
+        config.rows[tile] = 16;
+    }
+    // The intrinsic reads 64 bytes, but GCC is told of eight and would drop the other stores.
+    __asm__ volatile("" : : "r"(&config) : "memory");
+    _tile_loadconfig(&config);
+}
+
+QUANTKIT_AMX inline void release_tiles() { _tile_release(); }
+
+template <typename T>
+T* scratch(int64_t count) {
+    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64));
+}
+
+}  // namespace
