@@ -34,8 +34,9 @@ using bf16 = uint16_t;
 constexpr int64_t kBlock = 64;    // output rows of a block of the weight
 constexpr int64_t kPanel = 16;    // rows of x in a tile
 constexpr int64_t kStep = 32;     // inputs in a tile
-constexpr int64_t kChunk = 128;   // rows of x that stay in the L2 cache while the weight passes
-constexpr int64_t kSlab = 2048;   // inputs of such a chunk that do, together with their sums
+constexpr int64_t kChunk = 256;   // rows of x that stay in the L2 cache while the weight passes
+constexpr int64_t kStrip = 8;     // blocks of a thread whose sums do, from one slab to the next
+constexpr int64_t kSlab = 1024;   // inputs of such a chunk that do, together with their sums
 
 enum Kind : int { kBf16 = 0, kFloat8 = 1, kInt8 = 2, kInt8Half = 3 };
 
@@ -53,40 +54,41 @@ inline bf16 to_bf16(float value) {
     return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// e4m3fn -> bf16: exact.
+// The magnitudes of e4m3fn as bf16: exact.
 struct Float8Table {
-    bf16 values[256];
+    bf16 values[128];
     Float8Table() {
-        for (int code = 0; code < 256; ++code) {
+        for (int code = 0; code < 128; ++code) {
             int exponent = (code >> 3) & 15, mantissa = code & 7;
             float value = exponent ? (1.0f + mantissa / 8.0f) : mantissa / 8.0f;
             for (int e = exponent ? exponent : 1; e > 7; --e) value *= 2;
             for (int e = exponent ? exponent : 1; e < 7; ++e) value /= 2;
             bool nan = exponent == 15 && mantissa == 7;
-            values[code] = nan ? 0x7fc0 : to_bf16(code & 128 ? -value : value);
+            values[code] = nan ? 0x7fc0 : to_bf16(value);
         }
     }
 };
 const Float8Table kFloat8Table;
 
-inline bf16 element(const void* row, int64_t k, int kind) {
-    switch (kind) {
-        case kBf16: return static_cast<const bf16*>(row)[k];
-        case kFloat8: return kFloat8Table.values[static_cast<const uint8_t*>(row)[k]];
-        case kInt8: return to_bf16(static_cast<const int8_t*>(row)[k]);
-        default: return to_bf16(static_cast<const int8_t*>(row)[k] + 0.5f);
-    }
+// 32 e4m3fn codes -> bf16: the magnitude is one of 128, looked up 64 at a time.
+inline __m512i float8_32(const uint8_t* codes) {
+    const __m512i words =
+        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    const bf16* table = kFloat8Table.values;
+    const __m512i small = _mm512_permutex2var_epi16(_mm512_loadu_si512(table), words,
+                                                    _mm512_loadu_si512(table + 32));
+    const __m512i large = _mm512_permutex2var_epi16(_mm512_loadu_si512(table + 64), words,
+                                                    _mm512_loadu_si512(table + 96));
+    const __mmask32 above = _mm512_test_epi16_mask(words, _mm512_set1_epi16(64));
+    const __m512i magnitude = _mm512_mask_blend_epi16(above, small, large);
+    const __m512i sign = _mm512_and_si512(words, _mm512_set1_epi16(128));
+    return _mm512_or_si512(magnitude, _mm512_slli_epi16(sign, 8));
 }
 
 // 32 elements of a row as bf16.
 inline __m512i elements32(const void* row, int64_t k, int kind) {
     if (kind == kBf16) return _mm512_loadu_si512(static_cast<const bf16*>(row) + k);
-    if (kind == kFloat8) {
-        alignas(64) bf16 values[kStep];
-        const uint8_t* codes = static_cast<const uint8_t*>(row) + k;
-        for (int i = 0; i < kStep; ++i) values[i] = kFloat8Table.values[codes[i]];
-        return _mm512_load_si512(values);
-    }
+    if (kind == kFloat8) return float8_32(static_cast<const uint8_t*>(row) + k);
     const __m256i codes =
         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const int8_t*>(row) + k));
     const __m512 half = _mm512_set1_ps(kind == kInt8Half ? 0.5f : 0.0f);
@@ -346,8 +348,9 @@ bool few(const Problem& p, int threads) {
 bool many(const Problem& p, int threads, bool amx) {
     const int64_t panels = (p.m + kPanel - 1) / kPanel, blocks = p.n / kBlock;
     const int64_t sums = (p.m < kChunk ? panels * kPanel : kChunk) * kBlock;
+    const int64_t stride = kStrip * threads;
     bf16* packed = scratch<bf16>(panels * kPanel * p.k);
-    float* totals = scratch<float>((slabs(p) > 1 ? blocks : threads) * sums);
+    float* totals = scratch<float>(stride * sums);
     bool complete = packed && totals;
 #pragma omp parallel num_threads(threads) if (complete)
     {
@@ -362,14 +365,16 @@ bool many(const Problem& p, int threads, bool amx) {
                            packed + panel * kPanel * p.k);
         for (int64_t first = 0; first < p.m; first += kChunk) {
             const int64_t rows = p.m - first < kChunk ? p.m - first : kChunk;
-            for (int64_t slab = 0; slab < slabs(p); ++slab) {
-                // A block's slabs go to one thread (static, the same loop), so none needs to wait.
+            // A strip's sums stay in the L2 cache from one slab to the next.
+            for (int64_t strip = 0; strip < blocks; strip += stride) {
+                const int64_t end = strip + stride < blocks ? strip + stride : blocks;
+                for (int64_t slab = 0; slab < slabs(p); ++slab) {
+                    // A block's slabs go to one thread (static, the same loop), so none needs to wait.
 #pragma omp for schedule(static) nowait
-                for (int64_t block = 0; block < blocks; ++block) {
-                    float* total = totals + (slabs(p) > 1 ? block : omp_get_thread_num()) * sums;
-                    if (mine)
-                        block_of_chunk(p, packed + first * p.k, first, rows, block, slab, amx,
-                                       tiles, buffers, total);
+                    for (int64_t block = strip; block < end; ++block)
+                        if (mine)
+                            block_of_chunk(p, packed + first * p.k, first, rows, block, slab, amx,
+                                           tiles, buffers, totals + block % stride * sums);
                 }
             }
         }
