@@ -120,7 +120,8 @@ def _float(vector: torch.Tensor | None) -> int | None:
     """The address of a contiguous float32 tensor, which the caller keeps alive."""
     if vector is None:
         return None
-    assert vector.dtype == torch.float32 and vector.is_contiguous()
+    assert vector.dtype == torch.float32
+    assert vector.is_contiguous()
     return vector.data_ptr()
 
 

@@ -21,10 +21,20 @@ from pathlib import Path
 
 ENV = "QUANTKIT_NATIVE"
 _SOURCES = ("int4_linear.cpp", "int8_linear.cpp", "rows.cpp")
-_FLAGS = (
-    "-O3 -std=c++17 -fopenmp -shared -fPIC -w "
-    "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma"
-).split()
+_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+    "-w",
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512dq",
+    "-mavx512bf16",
+    "-mfma",
+]
 _LOG = logging.getLogger("quantkit")
 
 POINTER, INT, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
