@@ -367,14 +367,15 @@ bool many(const Problem& p, int threads, bool amx) {
             const int64_t rows = p.m - first < kChunk ? p.m - first : kChunk;
             // A strip's sums stay in the L2 cache from one slab to the next.
             for (int64_t strip = 0; strip < blocks; strip += stride) {
-                const int64_t end = strip + stride < blocks ? strip + stride : blocks;
                 for (int64_t slab = 0; slab < slabs(p); ++slab) {
-                    // A block's slabs go to one thread (static, the same loop), so none needs to wait.
-#pragma omp for schedule(static) nowait
-                    for (int64_t block = strip; block < end; ++block)
-                        if (mine)
-                            block_of_chunk(p, packed + first * p.k, first, rows, block, slab, amx,
-                                           tiles, buffers, totals + block % stride * sums);
+                    // Every loop runs over all places of a strip, so that a place's sums stay with one
+                    // thread and none needs to wait for another; in turns, since the last strip may
+                    // be short.
+#pragma omp for schedule(static, 1) nowait
+                    for (int64_t place = 0; place < stride; ++place)
+                        if (mine && strip + place < blocks)
+                            block_of_chunk(p, packed + first * p.k, first, rows, strip + place, slab,
+                                           amx, tiles, buffers, totals + place * sums);
                 }
             }
         }

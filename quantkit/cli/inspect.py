@@ -106,7 +106,10 @@ def _backends(name: str) -> dict[str, dict[str, str]]:
     from quantkit.runtime.linear import QuantLinear
     from quantkit.runtime.load import load
 
-    model = load(name)
+    model = load(name, fused=False)
+    for linear in model.modules():
+        if isinstance(linear, QuantLinear):
+            linear.prepare()
     result = {}
     for module, linear in model.named_modules():
         if isinstance(linear, QuantLinear):

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from quantkit.formats.scheme import ActivationFormat
 from quantkit.kernels.quantize_fp8 import quantize_fp8
 from quantkit.kernels.quantize_half import quantize_half
 from quantkit.kernels.quantize_int8 import quantize_int8
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """An activation's codes [..., K] (int8 or e4m3) and scales float32 [..., 1]."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+
+def form_name(form: ActivationFormat) -> str:
+    """The format as the fused kernels name it: `fp8`, `int8` or `half`."""
+    return "fp8" if form.type == "float" else "half" if form.half else "int8"
 
 
 def quantize_activation(

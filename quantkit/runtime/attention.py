@@ -67,13 +67,17 @@ def quantkit_attention(
         return output, None
     if key.dtype != torch.uint8:
         key, value = quantizer.pack(key, value)
+    tokens = query.shape[2]
+    if attention_mask is None and 1 < tokens < key.shape[2]:
+        # The first tokens of a static cache: transformers leaves out the mask, the rest is empty.
+        key, value = key[:, :, :tokens], value[:, :, :tokens]
     output = kv4_attention(
         query,
         key,
         value,
         attention_mask,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
-        attention_mask is None and query.shape[2] > 1,
+        attention_mask is None and tokens > 1,
         quantizer.post_scale,
         quantizer.form.query == "fp8",
     )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from quantkit.formats.packed import expected_tensors
-from quantkit.formats.scheme import Scheme
+from quantkit.formats.scheme import ActivationFormat, Scheme
 from quantkit.kernels.dispatch import Op
 from quantkit.kernels.hadamard import hadamard
 from quantkit.kernels.hadamard_int4_linear import hadamard_int4_linear
@@ -15,7 +15,7 @@ from quantkit.kernels.int4_int8_linear import int4_int8_linear
 from quantkit.kernels.int4_linear import int4_linear
 from quantkit.kernels.int4pack import repack
 from quantkit.kernels.int8_linear import int8_linear
-from quantkit.runtime.activations import quantize_activation
+from quantkit.runtime.activations import Quantized, quantize_activation
 
 _DTYPES = {"I32": torch.int32, "I64": torch.int64, "I8": torch.int8, "BF16": torch.bfloat16}
 
@@ -62,9 +62,24 @@ class QuantLinear(nn.Module):
         """Repack the weight for the device it is on, where that has a layout of its own; once, after loading."""
         if self.scheme.weights.bits != 4:
             return
+        if self.weight_packed.dtype != torch.int32:
+            return
         repacked = repack(self.weight_packed, self.weight_scale, self.scheme.weights.half)
         if repacked is not None:
             self.weight_packed, self.weight_scale = repacked
+
+    @property
+    def input_form(self) -> ActivationFormat | None:
+        """The format in which the product takes its input, or None if it wants the input itself."""
+        rotated = self.scheme.weights.half or self.scheme.rotation is not None
+        return None if rotated else self.scheme.activations
+
+    def product(self, x: Quantized, dtype: torch.dtype) -> torch.Tensor:
+        """The layer's output in `dtype` for an input that is quantized already."""
+        output: torch.Tensor = self.op(
+            x.codes, x.scale, self.packed, self.weight_scale, self.bias, dtype
+        )
+        return output
 
     def arguments(self, x: torch.Tensor) -> tuple[object, ...]:
         """The op's arguments for an input [..., K]."""
@@ -86,3 +101,33 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}"
+
+
+def stack(linears: list[QuantLinear]) -> QuantLinear:
+    """One layer with the outputs of several, in their order; they have one scheme and one input.
+
+    The originals are emptied: their memory is free once this returns.
+    """
+    first = linears[0]
+    outputs = sum(linear.out_features for linear in linears)
+    biased = any(linear.bias is not None for linear in linears)
+    joined = QuantLinear(first.in_features, outputs, biased, first.scheme)
+    for name in ("weight_packed", "weight", "weight_scale"):
+        parts = [linear._buffers[name] for linear in linears if name in linear._buffers]
+        if parts:
+            setattr(joined, name, torch.cat(parts))  # type: ignore[arg-type]
+    if "weight_shape" in joined._buffers:
+        joined.weight_shape = torch.tensor([outputs, first.in_features])
+    if biased:
+        scale = first.weight_scale
+        joined.bias = torch.cat(
+            [
+                torch.zeros(linear.out_features, device=scale.device)
+                if linear.bias is None
+                else linear.bias
+                for linear in linears
+            ]
+        )
+    for linear in linears:
+        linear._buffers.clear()
+    return joined

@@ -19,16 +19,25 @@ from quantkit.models.structure import build_skeleton, load_config
 from quantkit.runtime.attention import NAME, KVQuantizer, register
 from quantkit.runtime.cache import generate_with_packed_cache
 from quantkit.runtime.linear import QuantLinear
+from quantkit.runtime.patch import patch
 
 KV_FILE = Path("quantkit") / "kv.safetensors"
 
 
-def load(model: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+def load(
+    model: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    fused: bool = True,
+) -> Any:
     """A model that generates, from a folder, a hub id or an alias; quantized by quantkit or not at all.
 
     Args:
         device: where it runs.
         dtype: of everything that is not quantized, and of activations; the checkpoint's if left out.
+        fused: with layers fused and weights repacked for the device (`runtime.patch`); otherwise every
+            layer stands alone, with the checkpoint's tensors as they are stored.
 
     Raises:
         QuantkitError: no such model, a broken checkpoint, or one of another tool.
@@ -47,9 +56,8 @@ def load(model: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = 
         _attach_quantizers(skeleton, checkpoint, info)
         generate_with_packed_cache(skeleton)
     skeleton.to(device)
-    for module in skeleton.modules():
-        if isinstance(module, QuantLinear):
-            module.prepare()
+    if fused:
+        patch(skeleton)
     _generation_config(skeleton, checkpoint.path)
     return skeleton.eval()
 

@@ -1,0 +1,27 @@
+"""The three quantizers of activations under one name, for the ops that quantize what they compute."""
+
+from __future__ import annotations
+
+import torch
+
+from .quantize_fp8 import E4M3, quantize_fp8
+from .quantize_half import quantize_half
+from .quantize_int8 import quantize_int8
+
+FORMS = ("fp8", "int8", "half")
+
+
+def quantize_rows(x: torch.Tensor, form: str, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., K] -> (codes [..., K], float32 scale [..., 1]).
+
+    `fp8` is `quantize_fp8`, `int8` is `quantize_int8` with `bits` of 4 or 8 (int8 codes in both
+    cases), `half` is `quantize_half` with `bits` of 1 to 8.
+    """
+    if form == "fp8":
+        return quantize_fp8(x)
+    return quantize_half(x, bits) if form == "half" else quantize_int8(x, bits)
+
+
+def code_dtype(form: str) -> torch.dtype:
+    """The dtype of the codes: e4m3 or int8."""
+    return E4M3 if form == "fp8" else torch.int8
