@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 
+from .cpu import linear
 from .packing import unpack_int4
 
 GROUP_SIZES = (256, 128, 64, 32)  # that the native product knows
@@ -51,8 +52,10 @@ def repack(
     native = next((size for size in GROUP_SIZES if group % size == 0), None)
     if n % ROW_MULTIPLE or native is None or weight.device.type != "cpu" or not supported():
         return None
-    unsigned = unpack_int4(weight).add_(8).to(torch.int32)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
+    packed = linear.pack_int4(weight)
+    if packed is None:
+        unsigned = unpack_int4(weight).add_(8).to(torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
     scales = scale.t().repeat_interleave(group // native, dim=0)
     zeros = scales / 2 if half else torch.zeros_like(scales)
     return packed, torch.stack((scales, zeros), dim=-1).contiguous()

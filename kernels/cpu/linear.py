@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from . import native
@@ -41,6 +43,7 @@ def int4(
         or x.dtype not in _KINDS
         or n % _ROWS
         or (k // groups) % _INPUTS
+        or not _layout_is_torchs()
     ):
         return None
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -64,6 +67,36 @@ def int4(
         )
         _check(failed, out)
     return out.to(out_dtype)
+
+
+def pack_int4(words: torch.Tensor) -> torch.Tensor | None:
+    """Stored int32 [N, K / 8] -> torch's native CPU layout uint8 [N, K / 2]; None where it cannot be had."""
+    n = words.shape[0]
+    if native.library() is None or n % _ROWS or not _layout_is_torchs():
+        return None
+    return _pack_int4(words)
+
+
+@lru_cache(maxsize=1)
+def _layout_is_torchs() -> bool:
+    """Whether torch's INT4 layout on this machine is the one that the C++ reads (AVX-512's)."""
+    if native.library() is None:
+        return False
+    words = torch.arange(128 * 5, dtype=torch.int32).mul_(0x9E3779B1 - 2**32).view(128, 5)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    unsigned = ((words[:, :, None] >> shifts) & 15).reshape(128, 40)
+    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned.contiguous(), 1)
+    return bool(torch.equal(theirs.flatten(), _pack_int4(words).flatten()))
+
+
+def _pack_int4(words: torch.Tensor) -> torch.Tensor:
+    library = native.library()
+    assert library is not None
+    n, k = words.shape[0], words.shape[1] * 8
+    words = words.contiguous()
+    packed = torch.empty(n, k // 2, dtype=torch.uint8)
+    library.quantkit_int4_pack(words.data_ptr(), n, k, packed.data_ptr(), torch.get_num_threads())
+    return packed
 
 
 def int8(

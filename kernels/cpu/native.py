@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 ENV = "QUANTKIT_NATIVE"
-_SOURCES = ("int4_linear.cpp", "int8_linear.cpp", "rows.cpp")
+_SOURCES = ("int4_linear.cpp", "int4_pack.cpp", "int8_linear.cpp", "rows.cpp")
 _FLAGS = [
     "-O3",
     "-std=c++17",
@@ -78,6 +78,8 @@ def library() -> ctypes.CDLL | None:
         *(POINTER, SIZE, INT, POINTER, POINTER, INT, POINTER, POINTER, POINTER, INT),
         *(SIZE, SIZE, SIZE, SIZE, INT, INT),
     ]
+    loaded.quantkit_int4_pack.argtypes = [POINTER, SIZE, SIZE, POINTER, INT]
+    loaded.quantkit_int4_pack.restype = None
     loaded.quantkit_int8_linear.argtypes = [
         *(POINTER, SIZE, POINTER, POINTER, POINTER, POINTER, POINTER, INT),
         *(SIZE, SIZE, SIZE, INT),

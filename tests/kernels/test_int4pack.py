@@ -1,6 +1,8 @@
 import pytest
 import torch
 from quantkit.kernels import int4pack
+from quantkit.kernels.cpu import linear
+from quantkit.kernels.packing import unpack_int4
 
 needs_native = pytest.mark.skipif(
     not int4pack.supported(), reason="the native INT4 layout of this CPU is not understood"
@@ -59,3 +61,14 @@ def test_unknown_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not int4pack.supported()
     monkeypatch.undo()
     int4pack.supported.cache_clear()
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 32), (64, 256), (192, 4104), (1600, 128)])
+def test_the_native_repacking_gives_what_torchs_does(n: int, k: int) -> None:
+    words = torch.randint(-(2**31), 2**31 - 1, (n, k // 8), dtype=torch.int32)
+    packed = linear.pack_int4(words)
+    if packed is None:
+        pytest.skip("no C++ compiler, or no AVX-512-BF16")
+    unsigned = unpack_int4(words).add(8).to(torch.int32)
+    wanted = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
+    assert torch.equal(packed, wanted)
