@@ -52,13 +52,12 @@ def _cpu(
     block: int = 128,
 ) -> torch.Tensor:
     codes, step = quantize_half(hadamard(x.float(), block), bits)
-    rows = codes.reshape(-1, x.shape[-1])
-    fused = linear.int4(rows, weight, scale, step, bias, x.dtype, half=True)
+    fused = linear.int4(codes, weight, scale, step, bias, x.dtype, half=True)
     if fused is not None:
-        return fused.reshape(*x.shape[:-1], len(weight))
+        return fused
     # n + 1/2 = (2n + 1) / 2 has at most eight significant bits: exact in bf16.
     wide = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
-    values = rows.to(wide) + 0.5
+    values = codes.reshape(-1, x.shape[-1]).to(wide) + 0.5
     y = int4_weight.matmul(values, weight, scale, half=True)
     return int4_weight.finish(y, step, bias, (*x.shape[:-1], len(weight)), x.dtype)
 

@@ -79,11 +79,10 @@ def _cpu(
     out_dtype: torch.dtype = torch.bfloat16,
     products: str = "exact",
 ) -> torch.Tensor:
-    rows = x8.reshape(-1, x8.shape[-1])
     if products == "exact":
-        fused = linear.int4(rows, weight, scale, x_scale, bias, out_dtype)
+        fused = linear.int4(x8, weight, scale, x_scale, bias, out_dtype)
         if fused is not None:
-            return fused.reshape(*x8.shape[:-1], len(weight))
+            return fused
     # FP8 values are exact in bf16; a float32 result needs float32 partial sums.
     wide = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
 
@@ -91,7 +90,7 @@ def _cpu(
         return fp8_products(codes, scales).to(wide)
 
     y = int4_weight.matmul(
-        rows.to(wide),
+        x8.reshape(-1, x8.shape[-1]).to(wide),
         weight,
         scale,
         expand=expand if products == "fp8" else None,

@@ -51,12 +51,11 @@ def _cpu(
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     # INT8 values are exact in bf16; a float32 result needs float32 partial sums.
-    rows = xq.reshape(-1, xq.shape[-1])
-    fused = linear.int4(rows, weight, scale, x_scale, bias, out_dtype)
+    fused = linear.int4(xq, weight, scale, x_scale, bias, out_dtype)
     if fused is not None:
-        return fused.reshape(*xq.shape[:-1], len(weight))
+        return fused
     wide = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
-    y = int4_weight.matmul(rows.to(wide), weight, scale)
+    y = int4_weight.matmul(xq.reshape(-1, xq.shape[-1]).to(wide), weight, scale)
     return int4_weight.finish(y, x_scale, bias, (*xq.shape[:-1], len(weight)), out_dtype)
 
 

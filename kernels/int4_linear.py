@@ -37,10 +37,10 @@ def _cpu(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    fused = linear.int4(rows, weight, scale, None, bias, x.dtype)
+    fused = linear.int4(x, weight, scale, None, bias, x.dtype)
     if fused is not None:
-        return fused.reshape(*x.shape[:-1], len(weight))
+        return fused
+    rows = x.reshape(-1, x.shape[-1])
     # Half precision has no native product and a small range: float32 serves it.
     rows = rows if x.dtype == torch.bfloat16 else rows.float()
     y = int4_weight.matmul(rows, weight, scale)

@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from . import int4pack
+from .cpu.crossing import crossing_rows
 from .packing import unpack_int4
 
-# Up to this many rows the native product wins over expanding the weight; measured at
-# 4096 x 4096 with two threads of a Zen 5 (AVX-512) CPU.
-INT4PACK_ROWS = 64
 # Output rows expanded at a time: the expanded tile (1 to 4 MB) stays in the cache.
 _TILE_BYTES = 2 << 20
 
@@ -36,23 +34,30 @@ def check(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
     """Raise ValueError unless x [..., K], weight, scale and bias [N] fit together."""
-    shapes = (
-        f"x {tuple(x.shape)}, weight {weight.dtype} {tuple(weight.shape)}, "
-        f"scale {tuple(scale.shape)}, bias {None if bias is None else tuple(bias.shape)}"
-    )
+
+    # Built only for a message: a decode step has a hundred checks.
+    def shapes() -> str:
+        return (
+            f"x {tuple(x.shape)}, weight {weight.dtype} {tuple(weight.shape)}, "
+            f"scale {tuple(scale.shape)}, bias {None if bias is None else tuple(bias.shape)}"
+        )
+
     if weight.dim() != 2 or weight.dtype not in (torch.int32, torch.uint8):
-        raise ValueError(f"weight must be int32 [N, K/8] or uint8 [N, K/2]: {shapes}")
+        raise ValueError(f"weight must be int32 [N, K/8] or uint8 [N, K/2]: {shapes()}")
     repacked = weight.dtype == torch.uint8
-    if scale.dim() != (3 if repacked else 2) or scale.shape[1 if repacked else 0] != len(weight):
+    if (
+        scale.dim() != (3 if repacked else 2)
+        or scale.shape[1 if repacked else 0] != weight.shape[0]
+    ):
         wanted = "[G, N, 2]" if repacked else "[N, G]"
-        raise ValueError(f"scale must be {wanted}: {shapes}")
+        raise ValueError(f"scale must be {wanted}: {shapes()}")
     n, k, group = shape(weight, scale)
     if x.dim() == 0 or x.shape[-1] != k:
-        raise ValueError(f"x must be [..., {k}]: {shapes}")
+        raise ValueError(f"x must be [..., {k}]: {shapes()}")
     if group == 0 or k % group or k // group != scale.shape[0 if repacked else 1]:
-        raise ValueError(f"the groups must divide K = {k}: {shapes}")
+        raise ValueError(f"the groups must divide K = {k}: {shapes()}")
     if bias is not None and bias.shape != (n,):
-        raise ValueError(f"bias must be [{n}]: {shapes}")
+        raise ValueError(f"bias must be [{n}]: {shapes()}")
 
 
 def codes_and_scales(
@@ -93,18 +98,20 @@ def matmul(
     scale: torch.Tensor,
     half: bool = False,
     expand: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    native: bool | None = None,
 ) -> torch.Tensor:
-    """x [M, K] @ W^T -> [M, N] in x's dtype on a CPU, W in either layout.
+    """x [M, K] @ W^T -> [M, N] in x's dtype on a CPU by torch's own ops, W in either layout.
 
     `expand(codes, scales) -> [rows, K]` replaces the plain q * scale (then the native product,
-    which knows no other, is not used).
+    which knows no other, is not used). `native` decides between the two; left out, the number of
+    rows does, as measured on this machine.
     """
     n, k, group = shape(weight, scale)
     if (
         weight.dtype == torch.uint8
         and expand is None
         and x.dtype == scale.dtype == torch.bfloat16
-        and len(x) <= INT4PACK_ROWS
+        and (len(x) <= crossing_rows() if native is None else native)
     ):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), weight, group, scale)
     if expand is None:

@@ -43,11 +43,10 @@ def _cpu(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    rows = xq.reshape(-1, xq.shape[-1])
-    y = linear.int8(rows, weight, scale, x_scale, bias, out_dtype)
+    y = linear.int8(xq, weight, scale, x_scale, bias, out_dtype)
     if y is not None:
-        return y.reshape(*xq.shape[:-1], len(weight))
-    sums = torch._int_mm(rows.contiguous(), weight.t())
+        return y
+    sums = torch._int_mm(xq.reshape(-1, xq.shape[-1]).contiguous(), weight.t())
     return _finish(sums, x_scale, scale, bias, (*xq.shape[:-1], len(weight)), out_dtype)
 
 
@@ -74,19 +73,22 @@ def _check(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    shapes = (
-        f"xq {tuple(xq.shape)}, weight {weight.dtype} {tuple(weight.shape)}, "
-        f"scale {tuple(scale.shape)}, bias {None if bias is None else tuple(bias.shape)}"
-    )
+
+    def shapes() -> str:
+        return (
+            f"xq {tuple(xq.shape)}, weight {weight.dtype} {tuple(weight.shape)}, "
+            f"scale {tuple(scale.shape)}, bias {None if bias is None else tuple(bias.shape)}"
+        )
+
     if weight.dim() != 2 or weight.dtype != torch.int8:
-        raise ValueError(f"weight must be int8 [N, K]: {shapes}")
+        raise ValueError(f"weight must be int8 [N, K]: {shapes()}")
     n, k = weight.shape
     if xq.dim() == 0 or xq.shape[-1] != k:
-        raise ValueError(f"xq must be [..., {k}]: {shapes}")
+        raise ValueError(f"xq must be [..., {k}]: {shapes()}")
     if scale.shape != (n, 1):
-        raise ValueError(f"scale must be [{n}, 1]: {shapes}")
+        raise ValueError(f"scale must be [{n}, 1]: {shapes()}")
     if bias is not None and bias.shape != (n,):
-        raise ValueError(f"bias must be [{n}]: {shapes}")
+        raise ValueError(f"bias must be [{n}]: {shapes()}")
     check_row_scale(xq, x_scale, torch.int8)
 
 

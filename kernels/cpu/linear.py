@@ -23,13 +23,13 @@ def int4(
     out_dtype: torch.dtype,
     half: bool = False,
 ) -> torch.Tensor | None:
-    """row_scale * (x @ w^T) + bias -> [M, N], with float32 sums; None where it cannot be had.
+    """row_scale * (x @ w^T) + bias -> [..., N], with float32 sums; None where it cannot be had.
 
     Args:
-        x: [M, K] bf16, e4m3 or int8; int8 is n + 1/2 where `half`.
+        x: [..., K] bf16, e4m3 or int8; int8 is n + 1/2 where `half`.
         weight: uint8 [N, K / 2] from `int4pack.repack`.
         scale: bf16 [G, N, 2] from there; q * scale, or (q + 1/2) * scale where `half`.
-        row_scale: float32 [M, 1] or None.
+        row_scale: float32 [..., 1] or None.
         bias: [N] or None.
         out_dtype: of the result; float16 comes by way of float32.
     """
@@ -46,10 +46,10 @@ def int4(
         or not _layout_is_torchs()
     ):
         return None
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = x.new_empty((*x.shape[:-1], n), dtype=_written(out_dtype))
+    x = _rows(x)
     kind = _HALF_KIND if half and x.dtype == torch.int8 else _KINDS[x.dtype]
-    out = x.new_empty(len(x), n, dtype=_written(out_dtype))
-    if len(x):
+    if x.shape[0]:
         failed = library.quantkit_int4_linear(
             x.data_ptr(),
             x.stride(0) * x.element_size(),
@@ -61,7 +61,7 @@ def int4(
             _float(bias := _as_float(bias)),
             out.data_ptr(),
             out.dtype == torch.float32,
-            *(len(x), n, k, k // groups),
+            *(x.shape[0], n, k, k // groups),
             torch.get_num_threads(),
             native.level(),
         )
@@ -107,13 +107,13 @@ def int8(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor | None:
-    """row_scale * scale * (xq @ weight^T) + bias -> [M, N], exact sums; None where it cannot be had.
+    """row_scale * scale * (xq @ weight^T) + bias -> [..., N], exact sums; None where it cannot be had.
 
     Args:
-        xq: int8 [M, K].
+        xq: int8 [..., K].
         weight: int8 [N, K].
         scale: [N, 1].
-        row_scale: float32 [M, 1].
+        row_scale: float32 [..., 1].
         bias: [N] or None.
         out_dtype: of the result; float16 comes by way of float32.
     """
@@ -121,10 +121,10 @@ def int8(
     n, k = weight.shape
     if library is None or native.level() < 2 or n % _ROWS or k % 64 or not weight.is_contiguous():
         return None
-    xq = xq if xq.stride(-1) == 1 else xq.contiguous()
+    out = xq.new_empty((*xq.shape[:-1], n), dtype=_written(out_dtype))
+    xq = _rows(xq)
     scale, bias = scale.float().contiguous(), _as_float(bias)
-    out = xq.new_empty(len(xq), n, dtype=_written(out_dtype))
-    if len(xq):
+    if xq.shape[0]:
         failed = library.quantkit_int8_linear(
             xq.data_ptr(),
             xq.stride(0),
@@ -134,11 +134,17 @@ def int8(
             _float(bias),
             out.data_ptr(),
             out.dtype == torch.float32,
-            *(len(xq), n, k),
+            *(xq.shape[0], n, k),
             torch.get_num_threads(),
         )
         _check(failed, out)
     return out.to(out_dtype)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., K] -> [M, K] whose rows are contiguous."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _written(dtype: torch.dtype) -> torch.dtype:

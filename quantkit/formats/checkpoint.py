@@ -23,6 +23,14 @@ _DTYPE_BITS = {
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
 }  # fmt: skip
 
+_TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
+    "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -32,6 +40,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    offset: int  # of its first byte in the file
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -90,7 +99,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise broken(f"{name!r} has {last - first} bytes, its shape {list(shape)} needs others")
         if not 0 <= first <= last <= size - 8 - length:
             raise broken(f"{name!r} ends beyond the end of the file (truncated?)")
-        tensors[name] = TensorInfo(path.name, dtype, shape, last - first)
+        tensors[name] = TensorInfo(path.name, dtype, shape, last - first, 8 + length + first)
         end = max(end, last)
     if end != size - 8 - length:
         raise broken(f"{size - 8 - length - end} bytes belong to no tensor")
@@ -183,6 +192,30 @@ class Checkpoint:
                 f"{self.path / file}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged"
             )
         return tensor
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in memory of its own: what is then repacked leaves nothing of the file mapped.
+
+        Raises:
+            QuantkitError: there is no such tensor, or it cannot be read.
+        """
+        if name not in self.tensors:
+            raise QuantkitError(f"{self.path}: has no tensor {name!r}")
+        info = self.tensors[name]
+        buffer = torch.empty(info.bytes, dtype=torch.uint8)
+        try:
+            with (self.path / info.file).open("rb", buffering=0) as file:
+                file.seek(info.offset)
+                view = memoryview(buffer.numpy().data)
+                while view and (count := file.readinto(view)):
+                    view = view[count:]
+        except OSError as error:
+            raise QuantkitError(
+                f"{self.path / info.file}: tensor {name!r} cannot be read ({error.strerror})"
+            ) from None
+        if view:
+            raise QuantkitError(f"{self.path / info.file}: tensor {name!r} is cut off")
+        return buffer.view(_TORCH_DTYPES[info.dtype]).reshape(info.shape)
 
     @property
     def bytes(self) -> int:

@@ -21,6 +21,8 @@ from quantkit.runtime.cache import generate_with_packed_cache
 from quantkit.runtime.linear import QuantLinear
 from quantkit.runtime.patch import patch
 
+# What loading needs beside the weights: the largest layer twice while it is repacked, and some air.
+_REPACKING_BYTES = 1 << 30
 KV_FILE = Path("quantkit") / "kv.safetensors"
 
 
@@ -49,6 +51,7 @@ def load(
         info = parse_quantization_config(checkpoint.config, str(model))
     if info.kv_cache:
         register()
+    _check_memory(checkpoint, device)
     skeleton: Any = build_skeleton(config, str(model), attention=NAME if info.kv_cache else "sdpa")
     _replace_linears(skeleton, checkpoint, info)
     _fill(skeleton, checkpoint, dtype or _dtype_of(config))
@@ -60,6 +63,26 @@ def load(
         patch(skeleton)
     _generation_config(skeleton, checkpoint.path)
     return skeleton.eval()
+
+
+def _check_memory(checkpoint: Checkpoint, device: str) -> None:
+    """Refuse before anything is read what the device cannot hold.
+
+    Raises:
+        QuantkitError: there is no such device, or too little memory is free on it.
+    """
+    if torch.device(device).type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise QuantkitError(f"--device {device}: no CUDA device was found; use --device cpu")
+    free, total = torch.cuda.mem_get_info(device)
+    needed = checkpoint.bytes + _REPACKING_BYTES
+    if needed > free:
+        raise QuantkitError(
+            f"{checkpoint.path}: needs {needed / 2**30:.1f} GiB on {device}, "
+            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; "
+            "free some, or use --device cpu"
+        )
 
 
 def _dtype_of(config: Any) -> torch.dtype:
@@ -102,7 +125,7 @@ def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         if name not in checkpoint.tensors:
             missing.append(name)
             continue
-        tensor = checkpoint.load(name)
+        tensor = checkpoint.read(name) if quantized else checkpoint.load(name)
         module, _, kind = name.rpartition(".")
         if tuple(tensor.shape) != tuple(empty.shape):
             raise QuantkitError(
