@@ -48,6 +48,7 @@ def int4(
         return None
     out = x.new_empty((*x.shape[:-1], n), dtype=_written(out_dtype))
     x = _rows(x)
+    row_scale, bias = _as_float(row_scale), _as_float(bias)
     kind = _HALF_KIND if half and x.dtype == torch.int8 else _KINDS[x.dtype]
     if x.shape[0]:
         failed = library.quantkit_int4_linear(
@@ -57,8 +58,8 @@ def int4(
             weight.data_ptr(),
             scale.data_ptr(),
             half,
-            _float(row_scale),
-            _float(bias := _as_float(bias)),
+            _address(row_scale),
+            _address(bias),
             out.data_ptr(),
             out.dtype == torch.float32,
             *(x.shape[0], n, k, k // groups),
@@ -130,8 +131,8 @@ def int8(
             xq.stride(0),
             weight.data_ptr(),
             scale.data_ptr(),
-            _float(row_scale),
-            _float(bias),
+            _address(row_scale),
+            _address(bias),
             out.data_ptr(),
             out.dtype == torch.float32,
             *(xq.shape[0], n, k),
@@ -155,13 +156,9 @@ def _as_float(vector: torch.Tensor | None) -> torch.Tensor | None:
     return None if vector is None else vector.float().contiguous()
 
 
-def _float(vector: torch.Tensor | None) -> int | None:
-    """The address of a contiguous float32 tensor, which the caller keeps alive."""
-    if vector is None:
-        return None
-    assert vector.dtype == torch.float32
-    assert vector.is_contiguous()
-    return vector.data_ptr()
+def _address(vector: torch.Tensor | None) -> int | None:
+    """Of a tensor that the caller keeps alive."""
+    return None if vector is None else vector.data_ptr()
 
 
 def _check(failed: int, out: torch.Tensor) -> None:

@@ -220,3 +220,15 @@ def test_compiled_once_into_a_private_folder(monkeypatch, tmp_path) -> None:
     native.library.cache_clear()
     assert native.library() is not None
     assert built[0].stat().st_mtime_ns == written
+
+
+@needs_library
+def test_strided_scales_and_an_empty_batch(int4_weight) -> None:
+    weight = int4_weight(64, 128, 128)
+    repacked = int4pack.repack(weight.packed, weight.scale)
+    assert repacked is not None
+    x8, scale = quantize_fp8(torch.randn(8, 128))
+    strided = scale.expand(8, 3)[:, :1]
+    wanted = int4_fp8_linear(x8, scale, *repacked)
+    assert torch.equal(int4_fp8_linear(x8[::2], strided[::2], *repacked), wanted[::2])
+    assert int4_fp8_linear(x8[:0], scale[:0], *repacked).shape == (0, 64)
