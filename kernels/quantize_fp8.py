@@ -9,6 +9,7 @@ from .dispatch import Op
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+LARGEST_ROW = 32768  # that a Triton program holds
 
 
 def safe_divisor(scale: torch.Tensor) -> torch.Tensor:
@@ -36,8 +37,19 @@ def _cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _reference(x) if found is None else found
 
 
+def _triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from .gpu import rows as gpu
+
+    return gpu.quantize(x, "fp8", E4M3_MAX)
+
+
 def _absmax(x: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True)
+
+
+def row_fits(x: torch.Tensor, *args: object, **kwargs: object) -> bool:
+    """Whether one program of the Triton kernels holds a row of x."""
+    return 0 < x.shape[-1] <= LARGEST_ROW and x.dtype != torch.float64
 
 
 def check(x: torch.Tensor) -> None:
@@ -52,4 +64,12 @@ def _fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-quantize_fp8 = Op("quantize_fp8", _reference, check=check, fake=_fake, cpu=_cpu)
+quantize_fp8 = Op(
+    "quantize_fp8",
+    _reference,
+    check=check,
+    fake=_fake,
+    cpu=_cpu,
+    triton=_triton,
+    triton_supports=row_fits,
+)

@@ -7,7 +7,7 @@ import torch
 from .cpu import rows
 from .dispatch import Op
 from .quantize_fp8 import check as check_activation
-from .quantize_fp8 import safe_divisor
+from .quantize_fp8 import row_fits, safe_divisor
 
 # A_b: the clipping factor, in units of the rms, that minimizes the mean squared error of a
 # Gaussian on the b-bit half-integer grid.
@@ -35,17 +35,27 @@ def _reference(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     x = x.float()
     rms = x.square().mean(dim=-1, keepdim=True).sqrt_()
-    step = rms * (2 * GAUSSIAN_CLIP[bits] / (2**bits - 1))
+    step = rms * step_factor(bits)
     half = 2 ** (bits - 1)
     codes = (x / safe_divisor(step)).floor_().clamp_(-half, half - 1)
     return codes.to(torch.int8), step
 
 
+def step_factor(bits: int) -> float:
+    """step / rms of the grid."""
+    return 2 * GAUSSIAN_CLIP[bits] / (2**bits - 1)
+
+
 def _cpu(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     half = 2 ** (bits - 1)
-    factor = 2 * GAUSSIAN_CLIP[bits] / (2**bits - 1)
-    found = rows.quantize(x, rows.HALF_INTEGER, -half, half - 1, factor)
+    found = rows.quantize(x, rows.HALF_INTEGER, -half, half - 1, step_factor(bits))
     return _reference(x, bits) if found is None else found
+
+
+def _triton(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    from .gpu import rows as gpu
+
+    return gpu.quantize(x, "half", 2 ** (bits - 1), step_factor(bits))
 
 
 def _check(x: torch.Tensor, bits: int) -> None:
@@ -61,4 +71,12 @@ def _fake(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-quantize_half = Op("quantize_half", _reference, check=_check, fake=_fake, cpu=_cpu)
+quantize_half = Op(
+    "quantize_half",
+    _reference,
+    check=_check,
+    fake=_fake,
+    cpu=_cpu,
+    triton=_triton,
+    triton_supports=row_fits,
+)

@@ -7,7 +7,7 @@ import torch
 from .cpu import rows
 from .dispatch import Op
 from .quantize_fp8 import check as check_activation
-from .quantize_fp8 import safe_divisor
+from .quantize_fp8 import row_fits, safe_divisor
 
 
 def _reference(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,6 +33,12 @@ def _cpu(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     return _reference(x, bits) if found is None else found
 
 
+def _triton(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    from .gpu import rows as gpu
+
+    return gpu.quantize(x, "int8", 2 ** (bits - 1) - 1)
+
+
 def _check(x: torch.Tensor, bits: int = 8) -> None:
     check_activation(x)
     if bits not in (4, 8):
@@ -46,4 +52,12 @@ def _fake(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-quantize_int8 = Op("quantize_int8", _reference, check=_check, fake=_fake, cpu=_cpu)
+quantize_int8 = Op(
+    "quantize_int8",
+    _reference,
+    check=_check,
+    fake=_fake,
+    cpu=_cpu,
+    triton=_triton,
+    triton_supports=row_fits,
+)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .quantize_fp8 import E4M3, quantize_fp8
-from .quantize_half import quantize_half
+from .quantize_fp8 import E4M3, E4M3_MAX, quantize_fp8
+from .quantize_half import quantize_half, step_factor
 from .quantize_int8 import quantize_int8
 
 FORMS = ("fp8", "int8", "half")
@@ -20,6 +20,15 @@ def quantize_rows(x: torch.Tensor, form: str, bits: int = 8) -> tuple[torch.Tens
     if form == "fp8":
         return quantize_fp8(x)
     return quantize_half(x, bits) if form == "half" else quantize_int8(x, bits)
+
+
+def levels_and_factor(form: str, bits: int) -> tuple[float, float]:
+    """(largest code, step / rms) as the kernels take them."""
+    if form == "fp8":
+        return E4M3_MAX, 0.0
+    if form == "half":
+        return 2 ** (bits - 1), step_factor(bits)
+    return 2 ** (bits - 1) - 1, 0.0
 
 
 def code_dtype(form: str) -> torch.dtype:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from .dispatch import Op
-from .quantize_rows import FORMS, code_dtype, quantize_rows
+from .quantize_fp8 import row_fits
+from .quantize_rows import FORMS, code_dtype, levels_and_factor, quantize_rows
 
 
 def _reference(
@@ -42,6 +43,19 @@ def _reference(
     y = weight * wide.to(x.dtype)
     codes, scale = quantize_rows(y, form, bits)
     return y, codes, scale, x.new_empty(0) if residual is None else hidden
+
+
+def _triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    form: str,
+    bits: int = 8,
+    residual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from .gpu import rows as gpu
+
+    return gpu.norm(x, weight, eps, residual, form, *levels_and_factor(form, bits))
 
 
 def _check(
@@ -84,4 +98,12 @@ def _fake(
     )
 
 
-rmsnorm_quantize = Op("rmsnorm_quantize", _reference, check=_check, fake=_fake, cpu=_reference)
+rmsnorm_quantize = Op(
+    "rmsnorm_quantize",
+    _reference,
+    check=_check,
+    fake=_fake,
+    cpu=_reference,
+    triton=_triton,
+    triton_supports=row_fits,
+)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from .dispatch import Op
-from .quantize_rows import FORMS, code_dtype, quantize_rows
+from .quantize_fp8 import LARGEST_ROW
+from .quantize_rows import FORMS, code_dtype, levels_and_factor, quantize_rows
 
 
 def _reference(
@@ -30,6 +31,12 @@ def _reference(
     return codes, scale
 
 
+def _triton(gate_up: torch.Tensor, form: str, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    from .gpu import rows as gpu
+
+    return gpu.gate(gate_up, form, *levels_and_factor(form, bits))
+
+
 def _check(gate_up: torch.Tensor, form: str, bits: int = 8) -> None:
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2 or not gate_up.dtype.is_floating_point:
         raise ValueError(
@@ -37,6 +44,10 @@ def _check(gate_up: torch.Tensor, form: str, bits: int = 8) -> None:
         )
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+
+
+def _fits(gate_up: torch.Tensor, form: str, bits: int = 8) -> bool:
+    return 0 < gate_up.shape[-1] // 2 <= LARGEST_ROW
 
 
 def _fake(gate_up: torch.Tensor, form: str, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,4 +58,12 @@ def _fake(gate_up: torch.Tensor, form: str, bits: int = 8) -> tuple[torch.Tensor
     )
 
 
-silu_mul_quantize = Op("silu_mul_quantize", _reference, check=_check, fake=_fake, cpu=_reference)
+silu_mul_quantize = Op(
+    "silu_mul_quantize",
+    _reference,
+    check=_check,
+    fake=_fake,
+    cpu=_reference,
+    triton=_triton,
+    triton_supports=_fits,
+)

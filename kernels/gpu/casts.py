@@ -1,0 +1,58 @@
+"""Roundings that give the same bits compiled and in Triton's interpreter.
+
+The interpreter truncates float32 to bf16 and casts to e4m3 wrongly, and GPUs before compute capability
+8.9 have no e4m3 at all: there the bits are made by integer arithmetic. Elsewhere it is one instruction.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..dispatch import interpreting
+
+E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
+# Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, half to even.
+_ROUNDER: tl.constexpr = tl.constexpr(12582912.0)
+
+
+def by_hand(device: torch.device) -> bool:
+    """Whether e4m3 must be made by integer arithmetic on this device."""
+    return interpreting() or torch.cuda.get_device_capability(device) < (8, 9)
+
+
+@triton.jit
+def round_even(x):
+    """float32, |x| < 2^22, to the nearest integer, half to even."""
+    return (x + _ROUNDER) - _ROUNDER
+
+
+@triton.jit
+def to_e4m3_bits(x, BY_HAND: tl.constexpr):
+    """float32 within +-448 (or NaN) -> the bits of its e4m3 value, uint8."""
+    if BY_HAND:
+        bits = x.to(tl.uint32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        # Three bits of mantissa stay; the exponent's bias goes from 127 to 7.
+        normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+        # Below 2^-6 the values are multiples of 2^-9.
+        tiny = round_even(magnitude.to(tl.float32, bitcast=True) * 512.0).to(tl.uint32)
+        code = tl.where(magnitude < 0x3C800000, tiny, normal)
+        code = tl.where(magnitude > 0x7F800000, 0x7F, code)
+        return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    else:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """float32 -> `dtype`'s precision (bf16, fp16 or float32), still as float32."""
+    if dtype == tl.float32:
+        return x
+    elif INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(x != x, x, rounded.to(tl.float32, bitcast=True))
+    else:
+        return x.to(dtype).to(tl.float32)

@@ -1,0 +1,227 @@
+"""Rows of activations to codes in one pass: quantization alone, after an RMS norm, after a SiLU gate.
+
+One program per row; the row stays in registers between what comes before (norm, gate), the scale and
+the codes, so that every element is read once and written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from ..dispatch import interpreting
+from .build import Build
+from .casts import by_hand, round_even, round_to, to_e4m3_bits
+
+PLAIN, NORM, GATE = 0, 1, 2
+FLOAT8, INTEGER, HALF_INTEGER = 0, 1, 2
+_FORMS = {"fp8": FLOAT8, "int8": INTEGER, "half": HALF_INTEGER}
+
+
+@triton.jit
+def _encode(y, K, LEVELS, FACTOR, FORM: tl.constexpr, BY_HAND: tl.constexpr):
+    """float32 row [BLOCK] (zeros past K) -> (codes as uint8, scale)."""
+    if FORM == 2:
+        scale = tl.sqrt_rn(tl.sum(y * y, axis=0) / K) * FACTOR
+    else:
+        scale = tl.div_rn(tl.max(tl.abs(y), axis=0), LEVELS)
+        # max passes over NaN; the reference's norm does not.
+        scale = tl.where(tl.max((y != y).to(tl.int32), axis=0) > 0, float("nan"), scale)
+    scaled = tl.div_rn(y, tl.where(scale > 0, scale, 1.0))
+    if FORM == 0:
+        clamped = tl.where(scaled != scaled, scaled, tl.clamp(scaled, -448.0, 448.0))
+        codes = to_e4m3_bits(clamped, BY_HAND)
+    elif FORM == 1:
+        codes = tl.clamp(round_even(scaled), -LEVELS - 1, LEVELS)
+        codes = codes.to(tl.int32).to(tl.int8).to(tl.uint8, bitcast=True)
+    else:
+        codes = tl.clamp(tl.floor(scaled), -LEVELS, LEVELS - 1)
+        codes = codes.to(tl.int32).to(tl.int8).to(tl.uint8, bitcast=True)
+    return codes, scale
+
+
+@triton.jit
+def rows_kernel(
+    x,
+    weight,
+    residual,
+    y_out,
+    hidden_out,
+    codes,
+    scales,
+    K,
+    x_stride,
+    residual_stride,
+    EPS,
+    LEVELS,
+    FACTOR,
+    BEFORE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BY_HAND: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < K
+    at = row * x_stride + column
+    dtype: tl.constexpr = x.dtype.element_ty
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if BEFORE == 1:
+        if RESIDUAL:
+            other = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0)
+            value = round_to(value + other.to(tl.float32), dtype, INTERPRET)
+            tl.store(hidden_out + row * K + column, value.to(dtype), mask=inside)
+        rms = tl.rsqrt(tl.sum(value * value, axis=0) / K + EPS)
+        factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        value = round_to(factor * round_to(value * rms, dtype, INTERPRET), dtype, INTERPRET)
+        tl.store(y_out + row * K + column, value.to(dtype), mask=inside)
+    elif BEFORE == 2:
+        up = tl.load(x + at + K, mask=inside, other=0.0).to(tl.float32)
+        gate = round_to(value / (1.0 + tl.exp(-value)), dtype, INTERPRET)
+        value = round_to(gate * up, dtype, INTERPRET)
+    encoded, scale = _encode(value, K, LEVELS, FACTOR, FORM, BY_HAND)
+    tl.store(codes + row * K + column, encoded, mask=inside)
+    tl.store(scales + row, scale)
+
+
+def quantize(
+    x: torch.Tensor, form: str, levels: float, factor: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., K] -> (codes [..., K], scale float32 [..., 1]) as the op of this form defines it.
+
+    Args:
+        form: "fp8", "int8" or "half".
+        levels: the largest code: 448, 2^(bits-1) - 1, or for the half-integer grid 2^(bits-1).
+        factor: step / rms, for the half-integer grid.
+    """
+    codes, scale = _outputs(x.shape, form, x.device)
+    _launch(PLAIN, x, form, levels, factor, codes, scale)
+    return codes, scale
+
+
+def norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    form: str,
+    levels: float,
+    factor: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `rmsnorm_quantize`."""
+    codes, scale = _outputs(x.shape, form, x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    hidden = torch.empty_like(y) if residual is not None else x.new_empty(0)
+    _launch(NORM, x, form, levels, factor, codes, scale, weight, eps, residual, y, hidden)
+    return y, codes, scale, hidden
+
+
+def gate(
+    gate_up: torch.Tensor, form: str, levels: float, factor: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op `silu_mul_quantize`."""
+    shape = torch.Size((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+    codes, scale = _outputs(shape, form, gate_up.device)
+    _launch(GATE, gate_up, form, levels, factor, codes, scale)
+    return codes, scale
+
+
+def _outputs(
+    shape: torch.Size, form: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.float8_e4m3fn if form == "fp8" else torch.int8
+    codes = torch.empty(shape, dtype=dtype, device=device)
+    return codes, torch.empty((*shape[:-1], 1), dtype=torch.float32, device=device)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _launch(
+    before: int,
+    x: torch.Tensor,
+    form: str,
+    levels: float,
+    factor: float,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+    y: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
+) -> None:
+    rows, k = _rows(x), codes.shape[-1]
+    if not rows.shape[0]:
+        return
+    other = rows if residual is None else _rows(residual)
+    block = triton.next_power_of_2(k)
+    rows_kernel[(rows.shape[0],)](
+        rows,
+        rows if weight is None else weight.contiguous(),
+        other,
+        rows if y is None else y,
+        rows if hidden is None else hidden,
+        codes.view(torch.uint8),
+        scale,
+        k,
+        rows.stride(0),
+        other.stride(0),
+        eps,
+        float(levels),
+        float(factor),
+        BEFORE=before,
+        RESIDUAL=residual is not None,
+        FORM=_FORMS[form],
+        BLOCK=block,
+        BY_HAND=by_hand(x.device),
+        INTERPRET=interpreting(),
+        num_warps=warps(block),
+    )
+
+
+def warps(block: int) -> int:
+    """Eight elements (16 bytes of bf16) a thread and load, four loads in flight."""
+    return min(16, max(1, block // 1024))
+
+
+_POINTERS = ("x", "weight", "residual", "y_out", "hidden_out")
+
+
+def builds() -> Iterator[Build]:
+    """Every prologue and form at the row sizes of an 8B model."""
+    for before, name in ((PLAIN, "quantize"), (NORM, "rmsnorm"), (GATE, "silu_mul")):
+        for form, code in _FORMS.items():
+            for k in (4096, 14336):
+                block = triton.next_power_of_2(k)
+                signature = dict.fromkeys(_POINTERS, "*bf16") | {
+                    "codes": "*u8", "scales": "*fp32", "K": "i32",
+                    "x_stride": "i64", "residual_stride": "i64",
+                    "EPS": "fp32", "LEVELS": "fp32", "FACTOR": "fp32",
+                }  # fmt: skip
+                for by_hand_, capabilities in ((True, (80,)), (False, (89, 90, 100))):
+                    yield Build(
+                        f"rows[{name}, {form}, K{k}]",
+                        rows_kernel,
+                        signature,
+                        {
+                            "BEFORE": before,
+                            "RESIDUAL": before == NORM,
+                            "FORM": code,
+                            "BLOCK": block,
+                            "BY_HAND": by_hand_,
+                            "INTERPRET": False,
+                        },
+                        num_warps=warps(block),
+                        num_stages=1,
+                        divisible=(*_POINTERS, "codes", "K", "x_stride", "residual_stride"),
+                        capabilities=capabilities,
+                        tile={"elements": k},
+                    )
