@@ -29,6 +29,24 @@ def round_even(x):
 
 
 @triton.jit
+def divide(y, scale, INTERPRET: tl.constexpr):
+    """y / scale for one scale, correctly rounded: a reciprocal and one correction (Markstein).
+
+    Division itself would be a third of a row kernel's instructions.
+    """
+    if INTERPRET:  # which has no fused multiply-add
+        return tl.div_rn(y, tl.zeros_like(y) + scale)
+    else:
+        # The reciprocal of a tiny scale would overflow.
+        lift = tl.where(scale < 1e-20, 1.8446744073709552e19, 1.0)
+        scale = scale * lift
+        y = y * lift
+        reciprocal = tl.div_rn(1.0, scale)
+        quotient = y * reciprocal
+        return tl.fma(tl.fma(-quotient, scale, y), reciprocal, quotient)
+
+
+@triton.jit
 def to_e4m3_bits(x, BY_HAND: tl.constexpr):
     """float32 within +-448 (or NaN) -> the bits of its e4m3 value, uint8."""
     if BY_HAND:

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..dispatch import interpreting
 from .build import Build
-from .casts import by_hand, round_even, round_to, to_e4m3_bits
+from .casts import by_hand, divide, round_even, round_to, to_e4m3_bits
 
 PLAIN, NORM, GATE = 0, 1, 2
 FLOAT8, INTEGER, HALF_INTEGER = 0, 1, 2
@@ -22,7 +22,9 @@ _FORMS = {"fp8": FLOAT8, "int8": INTEGER, "half": HALF_INTEGER}
 
 
 @triton.jit
-def _encode(y, K, LEVELS, FACTOR, FORM: tl.constexpr, BY_HAND: tl.constexpr):
+def _encode(
+    y, K, LEVELS, FACTOR, FORM: tl.constexpr, BY_HAND: tl.constexpr, INTERPRET: tl.constexpr
+):
     """float32 row [BLOCK] (zeros past K) -> (codes as uint8, scale)."""
     if FORM == 2:
         scale = tl.sqrt_rn(tl.sum(y * y, axis=0) / K) * FACTOR
@@ -30,7 +32,7 @@ def _encode(y, K, LEVELS, FACTOR, FORM: tl.constexpr, BY_HAND: tl.constexpr):
         scale = tl.div_rn(tl.max(tl.abs(y), axis=0), LEVELS)
         # max passes over NaN; the reference's norm does not.
         scale = tl.where(tl.max((y != y).to(tl.int32), axis=0) > 0, float("nan"), scale)
-    scaled = tl.div_rn(y, tl.where(scale > 0, scale, 1.0))
+    scaled = divide(y, tl.where(scale > 0, scale, 1.0), INTERPRET)
     if FORM == 0:
         clamped = tl.where(scaled != scaled, scaled, tl.clamp(scaled, -448.0, 448.0))
         codes = to_e4m3_bits(clamped, BY_HAND)
@@ -84,7 +86,7 @@ def rows_kernel(
         up = tl.load(x + at + K, mask=inside, other=0.0).to(tl.float32)
         gate = round_to(value / (1.0 + tl.exp(-value)), dtype, INTERPRET)
         value = round_to(gate * up, dtype, INTERPRET)
-    encoded, scale = _encode(value, K, LEVELS, FACTOR, FORM, BY_HAND)
+    encoded, scale = _encode(value, K, LEVELS, FACTOR, FORM, BY_HAND, INTERPRET)
     tl.store(codes + row * K + column, encoded, mask=inside)
     tl.store(scales + row, scale)
 
