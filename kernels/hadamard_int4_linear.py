@@ -62,6 +62,35 @@ def _cpu(
     return int4_weight.finish(y, step, bias, (*x.shape[:-1], len(weight)), x.dtype)
 
 
+def _triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    bits: int = 8,
+    block: int = 128,
+) -> torch.Tensor:
+    from .gpu.linear import int4
+
+    # Without a kernel of its own the rotation is one or two small products of torch's.
+    rotate = hadamard if hadamard.implementations["triton"] else hadamard.reference
+    codes, step = quantize_half(rotate(x.float(), block), bits)
+    return int4(
+        "hadamard_int4_linear", codes, weight, scale, step, bias, x.dtype, half_integer=True
+    )
+
+
+def _supports(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    bits: int = 8,
+    block: int = 128,
+) -> bool:
+    return int4_weight.for_gpu(weight, scale, torch.int8)
+
+
 def _check(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -87,4 +116,12 @@ def _fake(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-hadamard_int4_linear = Op("hadamard_int4_linear", _reference, check=_check, fake=_fake, cpu=_cpu)
+hadamard_int4_linear = Op(
+    "hadamard_int4_linear",
+    _reference,
+    check=_check,
+    fake=_fake,
+    cpu=_cpu,
+    triton=_triton,
+    triton_supports=_supports,
+)

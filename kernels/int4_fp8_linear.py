@@ -7,6 +7,7 @@ import torch
 from . import int4_weight
 from .cpu import linear
 from .dispatch import Op
+from .gpu_layout import has_fp8
 from .quantize_fp8 import E4M3, E4M3_MAX, safe_divisor
 
 PRODUCTS = ("exact", "fp8")
@@ -21,6 +22,8 @@ def _reference(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     products: str = "exact",
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
 ) -> torch.Tensor:
     """y [..., N] = x_scale * (x8 @ w^T) + bias, accumulated in float32.
 
@@ -37,6 +40,9 @@ def _reference(
         bias: [N] or None.
         out_dtype: the output's.
         products: "exact" or "fp8".
+        residual: [..., N], added last, or None.
+        gate: weight rows [0, N / 2) are a gate, the others what it multiplies: the output is
+            [..., N / 2] = silu(first half) * second half (+ residual of that shape).
 
     Raises:
         ValueError: the shapes do not fit together, or `products` is unknown.
@@ -47,7 +53,9 @@ def _reference(
     else:
         dense = int4_weight.scaled(codes, scales.float(), torch.float32)
     y = x8.reshape(-1, x8.shape[-1]).float() @ dense.t()
-    return int4_weight.finish(y, x_scale, bias, (*x8.shape[:-1], len(dense)), out_dtype)
+    return int4_weight.finish(
+        y, x_scale, bias, (*x8.shape[:-1], len(dense)), out_dtype, residual, gate
+    )
 
 
 def split_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,11 +86,14 @@ def _cpu(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     products: str = "exact",
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
 ) -> torch.Tensor:
     if products == "exact":
-        fused = linear.int4(x8, weight, scale, x_scale, bias, out_dtype)
+        plain = residual is None and not gate
+        fused = linear.int4(x8, weight, scale, x_scale, bias, out_dtype if plain else torch.float32)
         if fused is not None:
-            return fused
+            return fused if plain else int4_weight.last(fused, residual, gate, out_dtype)
     # FP8 values are exact in bf16; a float32 result needs float32 partial sums.
     wide = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
 
@@ -95,7 +106,46 @@ def _cpu(
         scale,
         expand=expand if products == "fp8" else None,
     )
-    return int4_weight.finish(y, x_scale, bias, (*x8.shape[:-1], len(weight)), out_dtype)
+    return int4_weight.finish(
+        y, x_scale, bias, (*x8.shape[:-1], len(weight)), out_dtype, residual, gate
+    )
+
+
+def _triton(
+    x8: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    products: str = "exact",
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
+) -> torch.Tensor:
+    from .gpu.linear import int4
+
+    return int4(
+        "int4_fp8_linear", x8, weight, scale, x_scale, bias, out_dtype,
+        products=products, residual=residual, gate=gate,
+    )  # fmt: skip
+
+
+def _supports(
+    x8: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    products: str = "exact",
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
+) -> bool:
+    if products == "fp8":  # which the layout for codes of -8, multiplied in bf16, does not serve
+        return int4_weight.for_gpu(weight, scale, torch.uint8) and has_fp8(x8.device)
+    if weight.dtype == torch.uint8 and not has_fp8(x8.device):
+        return False
+    return int4_weight.for_gpu(weight, scale, torch.uint8, torch.int16)
 
 
 def _check(
@@ -106,9 +156,12 @@ def _check(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     products: str = "exact",
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
 ) -> None:
     int4_weight.check(x8, weight, scale, bias)
     check_row_scale(x8, x_scale, E4M3)
+    int4_weight.check_last(x8, len(weight), residual, gate)
     if products not in PRODUCTS:
         raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}")
 
@@ -132,8 +185,18 @@ def _fake(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     products: str = "exact",
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
 ) -> torch.Tensor:
-    return x8.new_empty((*x8.shape[:-1], weight.shape[0]), dtype=out_dtype)
+    return x8.new_empty((*x8.shape[:-1], weight.shape[0] // (2 if gate else 1)), dtype=out_dtype)
 
 
-int4_fp8_linear = Op("int4_fp8_linear", _reference, check=_check, fake=_fake, cpu=_cpu)
+int4_fp8_linear = Op(
+    "int4_fp8_linear",
+    _reference,
+    check=_check,
+    fake=_fake,
+    cpu=_cpu,
+    triton=_triton,
+    triton_supports=_supports,
+)

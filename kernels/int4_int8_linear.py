@@ -17,6 +17,8 @@ def _reference(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
 ) -> torch.Tensor:
     """y [..., N] = x_scale * sum_g scale_g * (xq_g @ q_g^T) + bias.
 
@@ -29,6 +31,9 @@ def _reference(
         scale: [N, G] for groups of K / G inputs ([N, 1]: per channel), or [G, N, 2].
         bias: [N] or None.
         out_dtype: the output's.
+        residual: [..., N], added last, or None.
+        gate: weight rows [0, N / 2) are a gate, the others what it multiplies: the output is
+            [..., N / 2] = silu(first half) * second half (+ residual of that shape).
 
     Raises:
         ValueError: the shapes do not fit together.
@@ -39,7 +44,9 @@ def _reference(
     y = torch.zeros(len(x_groups[0]), len(codes), device=xq.device)
     for index, (x_part, code_part) in enumerate(zip(x_groups, codes.chunk(groups, dim=1))):
         y += (x_part @ code_part.t().float()) * scales[:, index].float()
-    return int4_weight.finish(y, x_scale, bias, (*xq.shape[:-1], len(codes)), out_dtype)
+    return int4_weight.finish(
+        y, x_scale, bias, (*xq.shape[:-1], len(codes)), out_dtype, residual, gate
+    )
 
 
 def _cpu(
@@ -49,14 +56,50 @@ def _cpu(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
 ) -> torch.Tensor:
     # INT8 values are exact in bf16; a float32 result needs float32 partial sums.
-    fused = linear.int4(xq, weight, scale, x_scale, bias, out_dtype)
+    plain = residual is None and not gate
+    fused = linear.int4(xq, weight, scale, x_scale, bias, out_dtype if plain else torch.float32)
     if fused is not None:
-        return fused
+        return fused if plain else int4_weight.last(fused, residual, gate, out_dtype)
     wide = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
     y = int4_weight.matmul(xq.reshape(-1, xq.shape[-1]).to(wide), weight, scale)
-    return int4_weight.finish(y, x_scale, bias, (*xq.shape[:-1], len(weight)), out_dtype)
+    return int4_weight.finish(
+        y, x_scale, bias, (*xq.shape[:-1], len(weight)), out_dtype, residual, gate
+    )
+
+
+def _triton(
+    xq: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
+) -> torch.Tensor:
+    from .gpu.linear import int4
+
+    return int4(
+        "int4_int8_linear", xq, weight, scale, x_scale, bias, out_dtype,
+        residual=residual, gate=gate,
+    )  # fmt: skip
+
+
+def _supports(
+    xq: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
+) -> bool:
+    return int4_weight.for_gpu(weight, scale, torch.int8)
 
 
 def _check(
@@ -66,9 +109,12 @@ def _check(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
 ) -> None:
     int4_weight.check(xq, weight, scale, bias)
     check_row_scale(xq, x_scale, torch.int8)
+    int4_weight.check_last(xq, len(weight), residual, gate)
 
 
 def _fake(
@@ -78,8 +124,18 @@ def _fake(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
 ) -> torch.Tensor:
-    return xq.new_empty((*xq.shape[:-1], weight.shape[0]), dtype=out_dtype)
+    return xq.new_empty((*xq.shape[:-1], weight.shape[0] // (2 if gate else 1)), dtype=out_dtype)
 
 
-int4_int8_linear = Op("int4_int8_linear", _reference, check=_check, fake=_fake, cpu=_cpu)
+int4_int8_linear = Op(
+    "int4_int8_linear",
+    _reference,
+    check=_check,
+    fake=_fake,
+    cpu=_cpu,
+    triton=_triton,
+    triton_supports=_supports,
+)

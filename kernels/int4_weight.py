@@ -1,8 +1,9 @@
 """What the INT4 linear ops share: the layouts of a weight, its expansion, the product on a CPU.
 
-A weight comes in one of two layouts, told apart by dtype:
+A weight comes in one of these layouts, told apart by dtypes and dimensions:
   int32 [N, K / 8] as stored, with scale [N, G];
-  uint8 [N, K / 2] as `int4pack.repack` gives it, with scales-and-zeros [G, N, 2].
+  uint8 [N, K / 2] as `int4pack.repack` gives it for CPUs, with scales-and-zeros [G, N, 2];
+  int16 [N, K / 4], int8 or uint8 [N, K / 2] as `gpu_layout.repack` gives it for GPUs, with scale [N, G].
 G divides K into groups; G = 1 is one scale per output channel.
 """
 
@@ -13,21 +14,30 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from . import int4pack
+from . import gpu_layout, int4pack
 from .cpu.crossing import crossing_rows
 from .packing import unpack_int4
 
 # Output rows expanded at a time: the expanded tile (1 to 4 MB) stays in the cache.
 _TILE_BYTES = 2 << 20
+_GPU_DTYPES = (torch.int16, torch.int8, torch.uint8)
+_PER_ELEMENT = {torch.int32: 8, torch.int16: 4, torch.int8: 2, torch.uint8: 2}
+
+
+def for_cpu(weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether the layout is the native CPU one."""
+    return weight.dtype == torch.uint8 and scale.dim() == 3
+
+
+def for_gpu(weight: torch.Tensor, scale: torch.Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether the layout is one of the GPU's, or the one of these dtypes (see `gpu_layout`)."""
+    return weight.dtype in (dtypes or _GPU_DTYPES) and scale.dim() == 2
 
 
 def shape(weight: torch.Tensor, scale: torch.Tensor) -> tuple[int, int, int]:
-    """(N, K, group size) of a weight in either layout."""
-    if weight.dtype == torch.uint8:
-        n, k, groups = weight.shape[0], weight.shape[1] * 2, scale.shape[0]
-    else:
-        n, k, groups = weight.shape[0], weight.shape[1] * 8, scale.shape[1]
-    return n, k, k // groups
+    """(N, K, group size) of a weight in any layout."""
+    n, k = weight.shape[0], weight.shape[1] * _PER_ELEMENT[weight.dtype]
+    return n, k, k // scale.shape[0 if scale.dim() == 3 else 1]
 
 
 def check(
@@ -42,20 +52,18 @@ def check(
             f"scale {tuple(scale.shape)}, bias {None if bias is None else tuple(bias.shape)}"
         )
 
-    if weight.dim() != 2 or weight.dtype not in (torch.int32, torch.uint8):
-        raise ValueError(f"weight must be int32 [N, K/8] or uint8 [N, K/2]: {shapes()}")
-    repacked = weight.dtype == torch.uint8
-    if (
-        scale.dim() != (3 if repacked else 2)
-        or scale.shape[1 if repacked else 0] != weight.shape[0]
-    ):
-        wanted = "[G, N, 2]" if repacked else "[N, G]"
-        raise ValueError(f"scale must be {wanted}: {shapes()}")
+    if weight.dim() != 2 or weight.dtype not in _PER_ELEMENT:
+        raise ValueError(f"weight must be int32 [N, K/8], or repacked: {shapes()}")
+    rows = 1 if for_cpu(weight, scale) else 0
+    if scale.dim() != (3 if rows else 2) or scale.shape[rows] != weight.shape[0]:
+        raise ValueError(f"scale must be [N, G], or [G, N, 2] for a CPU: {shapes()}")
     n, k, group = shape(weight, scale)
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x must be [..., {k}]: {shapes()}")
-    if group == 0 or k % group or k // group != scale.shape[0 if repacked else 1]:
+    if group == 0 or k % group or k // group != scale.shape[1 - rows]:
         raise ValueError(f"the groups must divide K = {k}: {shapes()}")
+    if for_gpu(weight, scale) and gpu_layout.unit(group) is None:
+        raise ValueError(f"this layout wants groups of 64 n inputs, not {group}: {shapes()}")
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias must be [{n}]: {shapes()}")
 
@@ -63,9 +71,11 @@ def check(
 def codes_and_scales(
     weight: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes [N, K] and scales [N, G], from either layout."""
-    if weight.dtype == torch.uint8:
+    """int8 codes [N, K] and scales [N, G], from any layout."""
+    if for_cpu(weight, scale):
         return int4pack.unpack(weight), scale[..., 0].t()
+    if for_gpu(weight, scale):
+        return gpu_layout.unpack(weight, shape(weight, scale)[2]), scale
     return unpack_int4(weight), scale
 
 
@@ -108,7 +118,7 @@ def matmul(
     """
     n, k, group = shape(weight, scale)
     if (
-        weight.dtype == torch.uint8
+        for_cpu(weight, scale)
         and expand is None
         and x.dtype == scale.dtype == torch.bfloat16
         and (len(x) <= crossing_rows() if native is None else native)
@@ -128,16 +138,41 @@ def matmul(
     return out
 
 
+def check_last(
+    x: torch.Tensor, n: int, residual: torch.Tensor | None = None, gate: bool = False
+) -> None:
+    """Raise ValueError unless N outputs can be a gate's and residual has the output's shape."""
+    if gate and n % 2:
+        raise ValueError(f"a gate and its values are the halves of N, got N = {n}")
+    shape = (*x.shape[:-1], n // 2 if gate else n)
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"residual must be {shape}, got {tuple(residual.shape)}")
+
+
 def finish(
     y: torch.Tensor,
     row_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     shape: tuple[int, ...],
     dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
 ) -> torch.Tensor:
-    """y [M, N] -> y * row_scale [M, 1] + bias [N] in float32, as `dtype` [*shape]."""
+    """y [M, N] -> y * row_scale [M, 1] + bias [N] in float32, then `last`, as `dtype` [*shape]."""
     if row_scale is not None:
         y = y.float() * row_scale.reshape(-1, 1)
     if bias is not None:
         y = y.float() + bias.float()
-    return y.to(dtype).reshape(shape)
+    return last(y.reshape(shape), residual, gate, dtype)
+
+
+def last(
+    y: torch.Tensor, residual: torch.Tensor | None, gate: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """y [..., N] -> with `gate` silu(first half) * second half; + residual; in float32, as `dtype`."""
+    if gate:
+        first, second = y.float().chunk(2, dim=-1)
+        y = F.silu(first) * second
+    if residual is not None:
+        y = y.float() + residual.float()
+    return y.to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from . import int4_weight
 from .cpu import linear
 from .dispatch import Op
 from .int4_fp8_linear import check_row_scale
@@ -16,6 +17,8 @@ def _reference(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
 ) -> torch.Tensor:
     """y [..., N] = x_scale * scale * (xq @ weight^T) + bias; the integer product is exact.
 
@@ -26,13 +29,17 @@ def _reference(
         scale: [N, 1], one per output channel.
         bias: [N] or None.
         out_dtype: the output's.
+        residual: [..., N], added last, or None.
+        gate: weight rows [0, N / 2) are a gate, the others what it multiplies: the output is
+            [..., N / 2] = silu(first half) * second half (+ residual of that shape).
 
     Raises:
         ValueError: the shapes do not fit together.
     """
     # float64 holds any int32 exactly, and every device has its product (CUDA has no int32 one).
     sums = xq.reshape(-1, xq.shape[-1]).double() @ weight.double().t()
-    return _finish(sums, x_scale, scale, bias, (*xq.shape[:-1], len(weight)), out_dtype)
+    shape = (*xq.shape[:-1], len(weight))
+    return _finish(sums, x_scale, scale, bias, shape, out_dtype, residual, gate)
 
 
 def _cpu(
@@ -42,12 +49,33 @@ def _cpu(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
 ) -> torch.Tensor:
-    y = linear.int8(xq, weight, scale, x_scale, bias, out_dtype)
-    if y is not None:
-        return y
+    plain = residual is None and not gate
+    fused = linear.int8(xq, weight, scale, x_scale, bias, out_dtype if plain else torch.float32)
+    if fused is not None:
+        return fused if plain else int4_weight.last(fused, residual, gate, out_dtype)
     sums = torch._int_mm(xq.reshape(-1, xq.shape[-1]).contiguous(), weight.t())
-    return _finish(sums, x_scale, scale, bias, (*xq.shape[:-1], len(weight)), out_dtype)
+    shape = (*xq.shape[:-1], len(weight))
+    return _finish(sums, x_scale, scale, bias, shape, out_dtype, residual, gate)
+
+
+def _triton(
+    xq: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
+) -> torch.Tensor:
+    from .gpu.linear import eight_bit
+
+    return eight_bit(
+        "int8_linear", xq, weight, scale, x_scale, bias, out_dtype, residual=residual, gate=gate
+    )
 
 
 def _finish(
@@ -57,12 +85,14 @@ def _finish(
     bias: torch.Tensor | None,
     shape: tuple[int, ...],
     dtype: torch.dtype,
+    residual: torch.Tensor | None,
+    gate: bool,
 ) -> torch.Tensor:
     y = sums.to(torch.float32) * x_scale.reshape(-1, 1)
     y *= scale.float().view(1, -1)
     if bias is not None:
         y += bias
-    return y.to(dtype).reshape(shape)
+    return int4_weight.last(y.reshape(shape), residual, gate, dtype)
 
 
 def _check(
@@ -72,6 +102,8 @@ def _check(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
 ) -> None:
 
     def shapes() -> str:
@@ -90,6 +122,7 @@ def _check(
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias must be [{n}]: {shapes()}")
     check_row_scale(xq, x_scale, torch.int8)
+    int4_weight.check_last(xq, n, residual, gate)
 
 
 def _fake(
@@ -99,8 +132,10 @@ def _fake(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    residual: torch.Tensor | None = None,
+    gate: bool = False,
 ) -> torch.Tensor:
-    return xq.new_empty((*xq.shape[:-1], weight.shape[0]), dtype=out_dtype)
+    return xq.new_empty((*xq.shape[:-1], weight.shape[0] // (2 if gate else 1)), dtype=out_dtype)
 
 
-int8_linear = Op("int8_linear", _reference, check=_check, fake=_fake, cpu=_cpu)
+int8_linear = Op("int8_linear", _reference, check=_check, fake=_fake, cpu=_cpu, triton=_triton)

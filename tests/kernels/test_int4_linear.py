@@ -104,7 +104,7 @@ def test_bad_shapes(int4_weight) -> None:
     x = torch.randn(2, 256)
     for arguments, message in [
         ((torch.randn(2, 128), weight.packed, weight.scale), r"x must be \[..., 256\].*\(2, 128\)"),
-        ((x, weight.codes, weight.scale), "weight must be int32"),
+        ((x, weight.codes.long(), weight.scale), "weight must be int32"),
         ((x, weight.packed, weight.scale[:16]), r"scale must be \[N, G\].*\(16, 2\)"),
         ((x, weight.packed, weight.scale.expand(32, 2).repeat(1, 3)), "must divide K = 256"),
         ((x, weight.packed, weight.scale, torch.zeros(31)), r"bias must be \[32\].*\(31,\)"),
