@@ -25,6 +25,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Whether ops on this device run Triton where they can: on a GPU, or forced to in the interpreter."""
+    return device.type == "cuda" or (interpreting() and os.environ.get(ENV) == "triton")
+
+
 class Op:
     """A callable op that picks its implementation by device and shape at every call.
 
@@ -36,6 +41,7 @@ class Op:
         cpu: may be `reference` itself, where plain torch already is the native way.
         triton: None until there is a tested kernel.
         triton_supports: whether the kernel takes these arguments (default: always).
+        mutates: the arguments that are written to.
     """
 
     def __init__(
@@ -48,6 +54,7 @@ class Op:
         cpu: Callable[..., Any] | None = None,
         triton: Callable[..., Any] | None = None,
         triton_supports: Callable[..., bool] | None = None,
+        mutates: tuple[str, ...] = (),
     ) -> None:
         self.name = name
         self.reference = reference
@@ -55,7 +62,7 @@ class Op:
         self._check = check
         self._fake = fake
         self._triton_supports = triton_supports
-        _LIBRARY.define(name + infer_schema(reference, mutates_args=()))
+        _LIBRARY.define(name + infer_schema(reference, mutates_args=mutates))
         _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"quantkit::{name}", self._run_fake, lib=_LIBRARY)
         self._overload = getattr(torch.ops.quantkit, name).default

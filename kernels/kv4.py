@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .cpu import kv4 as native
 from .dispatch import Op
 from .quantize_fp8 import E4M3_MAX, safe_divisor
 
@@ -12,7 +13,9 @@ SMALLEST_E4M3 = 2.0**-9
 _TOP = 7
 
 
-def _quantize(x: torch.Tensor, scale_dtype: str = "bfloat16") -> torch.Tensor:
+def _quantize(
+    x: torch.Tensor, scale_dtype: str = "bfloat16", factor: torch.Tensor | None = None
+) -> torch.Tensor:
     """x [..., D] -> uint8 [..., D / 2 + 2] (bf16 scale) or [..., D / 2 + 1] (e4m3 scale).
 
     Symmetric INT4 per vector: s = max|x| / 7 is rounded to its storage type *first*, then
@@ -22,10 +25,15 @@ def _quantize(x: torch.Tensor, scale_dtype: str = "bfloat16") -> torch.Tensor:
     (never to a zero scale), those above 3136 saturate (never to NaN). FireQ (arXiv 2505.20839),
     INT4 KV cache, with its scale's rounding put before the division.
 
+    Args:
+        x: bf16, fp16 or float32; with a factor [..., H, T, D].
+        scale_dtype: "bfloat16" or "float8_e4m3fn".
+        factor: float32 [H, D], multiplies x first (FireQ's scale of keys after RoPE); or None.
+
     Raises:
-        ValueError: D is odd, x is not floating point, or scale_dtype is unknown.
+        ValueError: D is odd, x is not floating point, scale_dtype is unknown, or the factor's shape does not fit.
     """
-    x = x.float()
+    x = x.float() if factor is None else x.float() * factor[:, None]
     scale = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True) / _TOP
     if scale_dtype == "float8_e4m3fn":
         scale = scale.clamp(SMALLEST_E4M3, E4M3_MAX)
@@ -42,16 +50,31 @@ def _quantize(x: torch.Tensor, scale_dtype: str = "bfloat16") -> torch.Tensor:
     return torch.cat((low | (high << 4), tail), dim=-1)
 
 
-def _check_quantize(x: torch.Tensor, scale_dtype: str = "bfloat16") -> None:
+def _cpu_quantize(
+    x: torch.Tensor, scale_dtype: str = "bfloat16", factor: torch.Tensor | None = None
+) -> torch.Tensor:
+    found = native.quantize(x, factor, scale_dtype == "float8_e4m3fn")
+    return _quantize(x, scale_dtype, factor) if found is None else found
+
+
+def _check_quantize(
+    x: torch.Tensor, scale_dtype: str = "bfloat16", factor: torch.Tensor | None = None
+) -> None:
     if x.dim() == 0 or x.shape[-1] % 2 or not x.dtype.is_floating_point:
         raise ValueError(
             f"x must be floating point [..., D] with D even, got {x.dtype} {tuple(x.shape)}"
         )
     if scale_dtype not in SCALE_DTYPES:
         raise ValueError(f"scale_dtype must be one of {list(SCALE_DTYPES)}, got {scale_dtype!r}")
+    if factor is not None and (x.dim() < 3 or factor.shape != (x.shape[-3], x.shape[-1])):
+        raise ValueError(
+            f"factor must be [H, D] for x [..., H, T, D], got {tuple(factor.shape)} for {tuple(x.shape)}"
+        )
 
 
-def _fake_quantize(x: torch.Tensor, scale_dtype: str = "bfloat16") -> torch.Tensor:
+def _fake_quantize(
+    x: torch.Tensor, scale_dtype: str = "bfloat16", factor: torch.Tensor | None = None
+) -> torch.Tensor:
     size = x.shape[-1] // 2 + SCALE_DTYPES[scale_dtype].itemsize
     return x.new_empty((*x.shape[:-1], size), dtype=torch.uint8)
 
@@ -69,6 +92,13 @@ def _dequantize(
     low, high = (codes & 15), (codes >> 4)
     values = torch.cat((low, high), dim=-1).view(torch.int8).sub_(8).to(wide)
     return values.mul_(scale.to(wide)).to(dtype)
+
+
+def _cpu_dequantize(
+    packed: torch.Tensor, head_dim: int, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    found = native.dequantize(packed, head_dim, dtype)
+    return _dequantize(packed, head_dim, dtype) if found is None else found
 
 
 def split(packed: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,8 +136,12 @@ def _fake_dequantize(
 
 
 kv4_quantize = Op(
-    "kv4_quantize", _quantize, check=_check_quantize, fake=_fake_quantize, cpu=_quantize
+    "kv4_quantize", _quantize, check=_check_quantize, fake=_fake_quantize, cpu=_cpu_quantize
 )
 kv4_dequantize = Op(
-    "kv4_dequantize", _dequantize, check=_check_dequantize, fake=_fake_dequantize, cpu=_dequantize
+    "kv4_dequantize",
+    _dequantize,
+    check=_check_dequantize,
+    fake=_fake_dequantize,
+    cpu=_cpu_dequantize,
 )

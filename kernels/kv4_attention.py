@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .cpu import kv4 as native
 from .dispatch import Op
 from .kv4 import check_packed, kv4_dequantize
 from .quantize_fp8 import quantize_fp8
@@ -102,9 +103,16 @@ def _cpu(
     post_scale: torch.Tensor | None = None,
     quantize_query: bool = True,
 ) -> torch.Tensor:
+    found = native.attention(
+        query, key, value, mask, scaling, is_causal, post_scale, quantize_query
+    )
+    if found is not None:
+        return found
     _, heads, tokens, dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
-    q = prepare_query(query, kv_heads, post_scale, quantize_query, query.dtype)
+    q = native.query(query, kv_heads, post_scale, quantize_query)
+    if q is None:
+        q = prepare_query(query, kv_heads, post_scale, quantize_query, query.dtype)
     if mask is None and is_causal and 1 < tokens < length:
         mask, is_causal = causal_mask(tokens, length, query.device), False
     if mask is not None and mask.dtype != torch.bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .cpu import rows
 from .quantize_fp8 import E4M3, E4M3_MAX, quantize_fp8
 from .quantize_half import quantize_half, step_factor
 from .quantize_int8 import quantize_int8
@@ -29,6 +30,16 @@ def levels_and_factor(form: str, bits: int) -> tuple[float, float]:
     if form == "half":
         return 2 ** (bits - 1), step_factor(bits)
     return 2 ** (bits - 1) - 1, 0.0
+
+
+def native_form(form: str, bits: int) -> tuple[int, float, float, float]:
+    """(form, lowest code, highest code, step / rms) as the native CPU quantizers take them."""
+    levels, factor = levels_and_factor(form, bits)
+    if form == "fp8":
+        return rows.FLOAT8, -levels, levels, 0.0
+    if form == "half":
+        return rows.HALF_INTEGER, -levels, levels - 1, factor
+    return rows.INTEGER, -levels - 1, levels, 0.0
 
 
 def code_dtype(form: str) -> torch.dtype:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from .cpu import rows
 from .dispatch import Op
 from .quantize_fp8 import row_fits
-from .quantize_rows import FORMS, code_dtype, levels_and_factor, quantize_rows
+from .quantize_rows import FORMS, code_dtype, levels_and_factor, native_form, quantize_rows
 
 
 def _reference(
@@ -43,6 +44,18 @@ def _reference(
     y = weight * wide.to(x.dtype)
     codes, scale = quantize_rows(y, form, bits)
     return y, codes, scale, x.new_empty(0) if residual is None else hidden
+
+
+def _cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    form: str,
+    bits: int = 8,
+    residual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    found = rows.norm(x, weight, eps, residual, *native_form(form, bits))
+    return _reference(x, weight, eps, form, bits, residual) if found is None else found
 
 
 def _triton(
@@ -103,7 +116,7 @@ rmsnorm_quantize = Op(
     _reference,
     check=_check,
     fake=_fake,
-    cpu=_reference,
+    cpu=_cpu,
     triton=_triton,
     triton_supports=row_fits,
 )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .cpu import rows
 from .dispatch import Op
 from .quantize_fp8 import LARGEST_ROW
-from .quantize_rows import FORMS, code_dtype, levels_and_factor, quantize_rows
+from .quantize_rows import FORMS, code_dtype, levels_and_factor, native_form, quantize_rows
 
 
 def _reference(
@@ -29,6 +30,11 @@ def _reference(
     gate, up = gate_up.chunk(2, dim=-1)
     codes, scale = quantize_rows(F.silu(gate) * up, form, bits)
     return codes, scale
+
+
+def _cpu(gate_up: torch.Tensor, form: str, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    found = rows.gate(gate_up, *native_form(form, bits))
+    return _reference(gate_up, form, bits) if found is None else found
 
 
 def _triton(gate_up: torch.Tensor, form: str, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +69,7 @@ silu_mul_quantize = Op(
     _reference,
     check=_check,
     fake=_fake,
-    cpu=_reference,
+    cpu=_cpu,
     triton=_triton,
     triton_supports=_fits,
 )

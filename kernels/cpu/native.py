@@ -20,7 +20,14 @@ from functools import lru_cache
 from pathlib import Path
 
 ENV = "QUANTKIT_NATIVE"
-_SOURCES = ("int4_linear.cpp", "int4_pack.cpp", "int8_linear.cpp", "rows.cpp")
+_SOURCES = (
+    "hadamard.cpp",
+    "int4_linear.cpp",
+    "int4_pack.cpp",
+    "int8_linear.cpp",
+    "kv4.cpp",
+    "rows.cpp",
+)
 _FLAGS = [
     "-O3",
     "-std=c++17",
@@ -46,6 +53,40 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
+
+
+_QUANTIZER = [INT, FLOAT, FLOAT, FLOAT]  # form, low, high, factor
+_ARGUMENTS = {
+    "int4_linear": [
+        *(POINTER, SIZE, INT, POINTER, POINTER, INT, POINTER, POINTER, POINTER, INT),
+        *(SIZE, SIZE, SIZE, SIZE, INT, INT),
+    ],
+    "int4_pack": [POINTER, SIZE, SIZE, POINTER, INT],
+    "int8_linear": [
+        *(POINTER, SIZE, POINTER, POINTER, POINTER, POINTER, POINTER, INT),
+        *(SIZE, SIZE, SIZE, INT),
+    ],
+    "quantize_rows": [POINTER, INT, SIZE, SIZE, SIZE, *_QUANTIZER, POINTER, POINTER, INT],
+    "norm_quantize": [
+        *(POINTER, INT, SIZE, SIZE, SIZE, POINTER, SIZE, POINTER, FLOAT, *_QUANTIZER),
+        *(POINTER, POINTER, POINTER, POINTER, INT),
+    ],
+    "gate_quantize": [POINTER, INT, SIZE, SIZE, SIZE, *_QUANTIZER, POINTER, POINTER, INT],
+    "hadamard": [
+        *(POINTER, INT, SIZE, SIZE, SIZE, SIZE, POINTER, *_QUANTIZER, POINTER, POINTER, INT),
+    ],
+    "kv4_quantize": [POINTER, INT, POINTER, POINTER, POINTER, INT, POINTER, INT],
+    "kv4_dequantize": [POINTER, POINTER, POINTER, INT, POINTER, INT, INT],
+    "kv4_append": [
+        *(POINTER, POINTER, POINTER, POINTER, POINTER, INT, POINTER, POINTER, POINTER),
+        *(POINTER, POINTER, INT, POINTER, POINTER, INT),
+    ],
+    "kv4_query": [POINTER, INT, POINTER, POINTER, INT, POINTER, POINTER, INT],
+    "kv4_attention": [
+        *(POINTER, INT, POINTER, POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT),
+        *(POINTER, INT, POINTER, FLOAT, INT, POINTER, POINTER, INT),
+    ],
+}
 
 
 @lru_cache(maxsize=1)
@@ -74,20 +115,8 @@ def library() -> ctypes.CDLL | None:
         return None
     if not loaded.quantkit_level():
         return None
-    loaded.quantkit_int4_linear.argtypes = [
-        *(POINTER, SIZE, INT, POINTER, POINTER, INT, POINTER, POINTER, POINTER, INT),
-        *(SIZE, SIZE, SIZE, SIZE, INT, INT),
-    ]
-    loaded.quantkit_int4_pack.argtypes = [POINTER, SIZE, SIZE, POINTER, INT]
-    loaded.quantkit_int4_pack.restype = None
-    loaded.quantkit_int8_linear.argtypes = [
-        *(POINTER, SIZE, POINTER, POINTER, POINTER, POINTER, POINTER, INT),
-        *(SIZE, SIZE, SIZE, INT),
-    ]
-    loaded.quantkit_quantize_rows.argtypes = [
-        *(POINTER, INT, SIZE, SIZE, SIZE, INT, FLOAT, FLOAT, FLOAT, POINTER, POINTER, INT),
-    ]
-    loaded.quantkit_quantize_rows.restype = None
+    for name, arguments in _ARGUMENTS.items():
+        getattr(loaded, f"quantkit_{name}").argtypes = arguments
     return loaded
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.errors import QuantkitError
 from quantkit.formats.scheme import KVFormat
 from quantkit.kernels.kv4 import kv4_quantize
 from quantkit.kernels.kv4_attention import kv4_attention
@@ -31,12 +32,14 @@ class KVQuantizer(nn.Module):
         # Not persistent: a checkpoint's own tensors are the model's alone (quantkit/kv.safetensors has these).
         self.register_buffer("post_scale", post_scale, persistent=False)
 
+    def packed_size(self, head_dim: int) -> int:
+        """Bytes of a packed vector."""
+        return head_dim // 2 + (2 if self.form.scale == "bf16" else 1)
+
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys after RoPE and values, both [B, KV heads, T, D] -> packed uint8 [B, KV heads, T, D/2 + scale]."""
-        if self.post_scale is not None:
-            keys = keys.float() * self.post_scale[:, None, :]
         scale_type = _SCALE_TYPES[self.form.scale]
-        return kv4_quantize(keys, scale_type), kv4_quantize(values, scale_type)
+        return kv4_quantize(keys, scale_type, self.post_scale), kv4_quantize(values, scale_type)
 
 
 def quantkit_attention(
@@ -60,6 +63,11 @@ def quantkit_attention(
     if observer is not None:
         observer(key)
     quantizer: KVQuantizer | None = getattr(module, "kv_quantizer", None)
+    if kwargs.get("softcap") is not None and quantizer is not None:
+        raise QuantkitError(
+            "this model caps its attention scores, which attention over packed keys does not know: "
+            "quantize without kv_cache"
+        )
     if quantizer is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -82,6 +90,50 @@ def quantkit_attention(
         quantizer.form.query == "fp8",
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+class PackedAttention(nn.Module):
+    """An attention layer whose RoPE, key scale, quantization and writing to the cache are one pass.
+
+    Args:
+        attention: the module whose place it takes; its children keep their names. Called without one of
+            our caches, it runs as it was.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        for name, child in attention.named_children():
+            setattr(self, name, child)
+        self._original = (attention,)  # a tuple: its children are registered here already
+        self.layer_idx: int = attention.layer_idx
+        self.head_dim: int = attention.head_dim
+        self.scaling: float = attention.scaling
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        layers = getattr(past_key_values, "layers", ())
+        layer: Any = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+        if not hasattr(layer, "append") or position_embeddings is None:
+            output: tuple[torch.Tensor, None] = self._original[0](
+                hidden_states, position_embeddings=position_embeddings,
+                attention_mask=attention_mask, past_key_values=past_key_values, **kwargs,
+            )  # fmt: skip
+            return output
+        shared: Any = self.qkv_proj
+        shape = hidden_states.shape[:-1]
+        query, key, value = (
+            part.view(*shape, -1, self.head_dim).transpose(1, 2)
+            for part in shared(hidden_states).split(shared.sizes, dim=-1)
+        )
+        query, keys, values = layer.append(query, key, value, *position_embeddings)
+        attended, _ = quantkit_attention(self, query, keys, values, attention_mask, self.scaling)
+        return self.o_proj(attended.reshape(*shape, -1)), None  # type: ignore[operator]
 
 
 def register() -> None:

@@ -22,7 +22,10 @@ from transformers.cache_utils import (
 )
 
 from quantkit.errors import QuantkitError
+from quantkit.kernels.kv4_append import kv4_append
 from quantkit.runtime.attention import KVQuantizer
+
+_LEAST_ROOM = 64  # tokens that a growing layer begins with
 
 
 class _Packed:
@@ -38,9 +41,66 @@ class _Packed:
 
 
 class PackedLayer(_Packed, DynamicLayer):
+    """A growing layer: `keys` and `values` are the used part of buffers with room for more."""
+
     def __init__(self, quantizer: KVQuantizer) -> None:
         super().__init__()
         self.quantizer = quantizer
+        self._buffers: list[torch.Tensor] = []
+        self._views: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        length, tokens = self.get_seq_length(), key_states.shape[2]
+        self._make_room(key_states, tokens)
+        packed = self.quantizer.pack(key_states, value_states)
+        for buffer, new in zip(self._buffers, packed, strict=True):
+            buffer[:, :, length : length + tokens] = new
+        return self._grow(length + tokens)
+
+    def append(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`update` of keys before RoPE -> (query after RoPE, packed keys, packed values)."""
+        length, tokens = self.get_seq_length(), key.shape[2]
+        self._make_room(key, tokens)
+        positions = torch.arange(length, length + tokens, device=key.device)
+        factor = self.quantizer.post_scale
+        query = kv4_append(query, key, value, cos, sin, *self._buffers, positions, factor)
+        return query, *self._grow(length + tokens)
+
+    def reset(self) -> None:
+        super().reset()
+        self._buffers, self._views = [], None
+
+    def _make_room(self, key: torch.Tensor, tokens: int) -> None:
+        """Buffers of their own for the tokens that are there and `tokens` more."""
+        length = self.get_seq_length()
+        views = self._views
+        # Cropping and reordering put other tensors in the place of the views.
+        ours = views is not None and views[0] is self.keys and views[1] is self.values
+        if ours and length + tokens <= self._buffers[0].shape[2] and _writable(self._buffers[0]):
+            return
+        # Half as much again, so that a token is copied a constant number of times.
+        room = max(_LEAST_ROOM, length + tokens + length // 2)
+        shape = (*key.shape[:2], room, self.quantizer.packed_size(key.shape[3]))
+        buffers = [torch.empty(shape, dtype=torch.uint8, device=key.device) for _ in range(2)]
+        if length:
+            buffers[0][:, :, :length] = self.keys
+            buffers[1][:, :, :length] = self.values
+        self._buffers = buffers
+
+    def _grow(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (buffer[:, :, :length] for buffer in self._buffers)
+        self.keys, self.values, self._views = keys, values, (keys, values)
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        return keys, values
 
 
 class PackedSlidingWindowLayer(_Packed, DynamicSlidingWindowLayer):
@@ -54,11 +114,36 @@ class PackedStaticLayer(_Packed, StaticLayer):
         super().__init__(max_cache_len=max_cache_len)
         self.quantizer = quantizer
 
+    def append(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`update` of keys before RoPE -> (query after RoPE, packed keys, packed values)."""
+        tokens = key.shape[2]
+        if not self.is_initialized:
+            size = self.quantizer.packed_size(key.shape[3])
+            empty = torch.empty((*key.shape[:2], 0, size), dtype=torch.uint8, device=key.device)
+            self.lazy_initialization(empty, empty)
+        positions = torch.arange(tokens, device=key.device) + self.cumulative_length
+        self.cumulative_length.add_(tokens)
+        factor = self.quantizer.post_scale
+        query = kv4_append(query, key, value, cos, sin, self.keys, self.values, positions, factor)
+        return query, self.keys, self.values
+
 
 class PackedStaticSlidingWindowLayer(_Packed, StaticSlidingWindowLayer):
     def __init__(self, quantizer: KVQuantizer, max_cache_len: int, sliding_window: int) -> None:
         super().__init__(max_cache_len=max_cache_len, sliding_window=sliding_window)
         self.quantizer = quantizer
+
+
+def _writable(buffer: torch.Tensor) -> bool:
+    """torch forbids writing to a tensor of inference mode outside it."""
+    return not buffer.is_inference() or torch.is_inference_mode_enabled()
 
 
 def quantizers(model: nn.Module) -> list[KVQuantizer]:

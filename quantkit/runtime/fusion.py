@@ -13,13 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.cache_utils import Cache
 
 from quantkit.formats.scheme import ActivationFormat
 from quantkit.kernels.rmsnorm_quantize import rmsnorm_quantize
 from quantkit.kernels.silu_mul_quantize import silu_mul_quantize
 from quantkit.runtime.activations import Quantized, form_name
+from quantkit.runtime.attention import PackedAttention
+from quantkit.runtime.cache import PackedLayer
 from quantkit.runtime.linear import QuantLinear, stack
 
+_ATTENTION = ("layer_idx", "head_dim", "scaling")
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -51,6 +55,14 @@ class LinearPart(nn.Module):
         return f"{self.in_features}, {self.out_features}, part {self.index}"
 
 
+class _State:
+    """What a shared product keeps between calls; not in the module, whose attributes are slow to set."""
+
+    def __init__(self) -> None:
+        self.last: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+        self.carried: tuple[torch.Tensor, Quantized] | None = None
+
+
 class SharedLinear(nn.Module):
     """One product for sibling layers, which read the same input.
 
@@ -62,16 +74,15 @@ class SharedLinear(nn.Module):
         super().__init__()
         self.linear = stack(linears)
         self.sizes = [linear.out_features for linear in linears]
-        self._last: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
-        self._carried: tuple[torch.Tensor, Quantized] | None = None
+        self._state = _State()
 
     def carry(self, x: torch.Tensor, codes: Quantized) -> None:
         """Take the codes of x, made on the way, for when x comes; x must not be changed until then."""
-        self._carried = (x, codes)
+        self._state.carried = (x, codes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """All siblings' outputs, [..., sum of out_features]."""
-        carried, self._carried = self._carried, None
+        carried, self._state.carried = self._state.carried, None
         if carried is not None and carried[0] is x:
             return self.linear.product(carried[1], x.dtype)
         return self.linear(x)
@@ -79,11 +90,11 @@ class SharedLinear(nn.Module):
     def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """The outputs of one sibling, [..., out_features]; computed with all others' at the first call."""
         # One read of the attribute: another thread may be in the same layer.
-        last = self._last
+        last = self._state.last
         if last is None or last[0] is not x:
             last = (x, self(x).split(self.sizes, dim=-1))
         # The last sibling's turn: nothing outlives the layer.
-        self._last = None if index == len(self.sizes) - 1 else last
+        self._state.last = None if index == len(self.sizes) - 1 else last
         return last[1][index]
 
 
@@ -147,7 +158,8 @@ def fuse(model: nn.Module) -> None:
                 continue
             kind = type(child)
             if kind not in checked:
-                checked[kind] = _same(child, replacement)
+                attends = isinstance(replacement, PackedAttention)
+                checked[kind] = (_attends_the_same if attends else _same)(child, replacement)
             if checked[kind]:
                 setattr(parent, name, replacement)
 
@@ -171,6 +183,10 @@ def _replacement(parent: nn.Module, name: str, child: Any) -> nn.Module | None:
     if isinstance(getattr(child, "gate_up_proj", None), SharedLinear):
         if children <= {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn"}:
             return GatedMLP(child) if isinstance(child.down_proj, QuantLinear) else None
+    elif isinstance(getattr(child, "qkv_proj", None), SharedLinear):
+        known = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "kv_quantizer"}
+        if children == known and all(hasattr(child, name) for name in _ATTENTION):
+            return PackedAttention(child)
     elif hasattr(child, "variance_epsilon") and hasattr(child, "weight") and not children:
         reader = _reader_of(parent, name)
         form = reader.linear.input_form if reader is not None else None
@@ -201,6 +217,35 @@ def _is_silu(activation: Any) -> bool:
         or activation is F.silu
         or "silu" in type(activation).__name__.lower()
     )
+
+
+@torch.inference_mode()
+def _attends_the_same(original: Any, replacement: nn.Module) -> bool:
+    """Whether both give the same for three tokens and then a fourth."""
+    weight = original.o_proj.packed
+    generator = torch.Generator().manual_seed(0)
+    features = original.qkv_proj.linear.in_features
+    dtype = torch.bfloat16
+    x = torch.randn(1, 4, features, generator=generator).to(weight.device, dtype)
+    angles = torch.rand(1, 4, original.head_dim // 2, generator=generator) * 6
+    angles = torch.cat((angles, angles), dim=-1).to(weight.device)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    outputs = []
+    for module in (original, replacement):
+        layers = [PackedLayer(original.kv_quantizer) for _ in range(original.layer_idx + 1)]
+        cache = Cache(layers=layers)
+        for tokens in (slice(0, 3), slice(3, 4)):
+            arguments = {
+                "position_embeddings": (cos[:, tokens], sin[:, tokens]),
+                "attention_mask": None,
+                "past_key_values": cache,
+            }
+            try:
+                outputs.append(module(x[:, tokens], **arguments)[0])
+            except (TypeError, ValueError, RuntimeError):
+                return False  # it wants other arguments, or turns other parts of a head
+    expected, actual = torch.cat(outputs[:2], 1).float(), torch.cat(outputs[2:], 1).float()
+    return bool((expected - actual).norm() <= 1e-2 * expected.norm())
 
 
 @torch.inference_mode()

@@ -7,13 +7,13 @@ from torch import nn
 
 from quantkit.formats.packed import expected_tensors
 from quantkit.formats.scheme import ActivationFormat, Scheme
-from quantkit.kernels.dispatch import Op
+from quantkit.kernels import gpu_layout, int4pack
+from quantkit.kernels.dispatch import Op, runs_triton
 from quantkit.kernels.hadamard import hadamard
 from quantkit.kernels.hadamard_int4_linear import hadamard_int4_linear
 from quantkit.kernels.int4_fp8_linear import int4_fp8_linear
 from quantkit.kernels.int4_int8_linear import int4_int8_linear
 from quantkit.kernels.int4_linear import int4_linear
-from quantkit.kernels.int4pack import repack
 from quantkit.kernels.int8_linear import int8_linear
 from quantkit.runtime.activations import Quantized, quantize_activation
 
@@ -64,9 +64,21 @@ class QuantLinear(nn.Module):
             return
         if self.weight_packed.dtype != torch.int32:
             return
-        repacked = repack(self.weight_packed, self.weight_scale, self.scheme.weights.half)
+        weight, scale, half = self.weight_packed, self.weight_scale, self.scheme.weights.half
+        if runs_triton(weight.device):
+            repacked = gpu_layout.repack(weight, scale, self._operand_dtype)
+        else:
+            repacked = int4pack.repack(weight, scale, half)
         if repacked is not None:
             self.weight_packed, self.weight_scale = repacked
+
+    @property
+    def _operand_dtype(self) -> torch.dtype:
+        """The dtype of the activations in the product."""
+        acts = self.scheme.activations
+        if acts is None:
+            return torch.bfloat16
+        return torch.float8_e4m3fn if acts.type == "float" else torch.int8
 
     @property
     def input_form(self) -> ActivationFormat | None:

@@ -12,6 +12,8 @@ from tiny_models import ARCHITECTURES, VOCAB
 from quantkit.formats.scheme import ActivationFormat, Scheme, WeightFormat
 from quantkit.recipe import recipe_names
 from quantkit.runtime.activations import Quantized, quantize_activation
+from quantkit.runtime.attention import PackedAttention
+from quantkit.runtime.cache import packed_cache
 from quantkit.runtime.fusion import GatedMLP, LinearPart, QuantNorm, SharedLinear
 from quantkit.runtime.linear import QuantLinear, stack
 from quantkit.runtime.load import load
@@ -89,7 +91,7 @@ def test_nothing_is_held_twice_or_after_a_forward(quantized):
     )
     assert held <= 1.05 * packed
     logits(model, ids())
-    assert all(m._last is None for m in model.modules() if isinstance(m, SharedLinear))
+    assert all(m._state.last is None for m in model.modules() if isinstance(m, SharedLinear))
 
 
 def test_a_second_patch_changes_nothing_and_copies_stand_alone(quantized):
@@ -179,3 +181,24 @@ def test_generate_with_a_static_cache(quantized):
     growing = model.generate(ids(), **settings)
     static = model.generate(ids(), cache_implementation="static", **settings)
     assert torch.equal(growing, static)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_attention_with_rope_in_the_append(quantized, model_type: str, static: bool):
+    """Decoding through the packed cache gives what it gives with RoPE in the model's own code."""
+    folder = quantized("fireq", model_type)
+    tokens, outputs = ids(length=12), []
+    models = [load(folder, dtype=torch.float32, fused=f) for f in (True, False)]
+    # A model with norms between the projections and RoPE keeps its own attention.
+    own = hasattr(models[1].model.layers[0].self_attn, "q_norm")
+    assert own != isinstance(models[0].model.layers[0].self_attn, PackedAttention)
+    for model in models:
+        cache = packed_cache(model, 16 if static else None)
+        with torch.inference_mode():
+            steps = [model(tokens[:, :8], past_key_values=cache).logits]
+            steps += [
+                model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(8, 12)
+            ]
+        outputs.append(torch.cat(steps, 1).log_softmax(-1))
+    assert float((outputs[0] - outputs[1]).abs().mean()) < 0.02

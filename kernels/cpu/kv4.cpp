@@ -1,0 +1,526 @@
+// INT4 keys and values on the CPU: packing, and attention of a few queries over the packed bytes.
+//
+// A vector of D numbers is D / 2 bytes (byte i: element i low, element i + D / 2 high, both q + 8) and a
+// scale. Attention reads them once: 16 bytes become 32 floats by two permutations of a table of the 16
+// codes, shared by up to four queries of a group.
+//
+//   keys:   4 rows x 4 keys (2 x 8, 1 x 16) of sums in 16 registers --- reduced together ---> 16 scores
+//   block of 256 keys: scores x scales + mask -> online softmax -> weights x the values' scales
+//   values: 32 columns at a time, sums of 4 rows in 8 registers over the block's keys
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <type_traits>
+
+#include "vectors.hpp"
+
+namespace {
+
+constexpr int64_t kBlock = 256;  // keys whose scores and bytes stay in the L1 and L2 caches
+constexpr int kRows = 4;         // queries that share an expansion
+constexpr int64_t kWidest = 512; // half of the longest vector, in whole registers
+constexpr int64_t kLeast = 512;  // keys worth a thread of their own
+
+inline __m512 code_table() {
+    return _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+
+// Where a packed tensor's vectors are, [B, H, S] of them.
+struct Vectors {
+    const uint8_t* data;
+    int64_t batch, head, token;  // strides in bytes
+    int64_t half;                // D / 2
+    bool float8;                 // the scale's type, else bf16
+
+    const uint8_t* at(int64_t b, int64_t h, int64_t s) const {
+        return data + b * batch + h * head + s * token;
+    }
+    float scale(const uint8_t* vector) const {
+        if (float8) return _mm512_cvtss_f32(from_float8(_mm512_set1_epi32(vector[half])));
+        uint16_t bits;
+        std::memcpy(&bits, vector + half, 2);
+        const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+        float value;
+        std::memcpy(&value, &wide, 4);
+        return value;
+    }
+};
+
+// 16 bytes -> the numbers of their low and of their high nibbles; absent bytes give -8.
+inline void expand(const uint8_t* bytes, __mmask16 mask, __m512 table, __m512& low, __m512& high) {
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes));
+    low = _mm512_permutexvar_ps(wide, table);  // which reads four bits of each index
+    high = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), table);
+}
+
+// Lane i: the sum of the lanes of sums[i].
+inline __m512 reduce(__m512 sums[16]) {
+    __m512 a[8], b[4];
+    for (int i = 0; i < 8; ++i)
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(sums[2 * i], sums[2 * i + 1]),
+                             _mm512_unpackhi_ps(sums[2 * i], sums[2 * i + 1]));
+    for (int i = 0; i < 4; ++i) {
+        const __m512d first = _mm512_castps_pd(a[2 * i]), second = _mm512_castps_pd(a[2 * i + 1]);
+        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(first, second)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
+    }
+    // Each b[i] has four vectors' sums in every 128 bits: add those up, in order.
+    const __m512 c = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x44), _mm512_shuffle_f32x4(b[0], b[1], 0xee));
+    const __m512 d = _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x44), _mm512_shuffle_f32x4(b[2], b[3], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+}
+
+// values [D] times factors (or null) -> D / 2 bytes and the scale; values are changed.
+void pack_vector(float* values, int64_t dim, const float* factors, bool float8, uint8_t* vector) {
+    const int64_t half = dim / 2;
+    __m512 top = _mm512_setzero_ps();
+    __mmask16 nan = 0;
+    for (int64_t k = 0; k < dim; k += 16) {
+        const __mmask16 mask = left(k, dim);
+        __m512 value = _mm512_maskz_loadu_ps(mask, values + k);
+        if (factors != nullptr) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, factors + k));
+        _mm512_mask_storeu_ps(values + k, mask, value);
+        nan |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+        top = _mm512_max_ps(top, _mm512_abs_ps(value));
+    }
+    __m512 scale = _mm512_set1_ps(nan ? NAN : _mm512_reduce_max_ps(top) / 7.0f);
+    if (float8) {
+        // min and max give their second operand where the first is NaN: NaN stays.
+        scale = _mm512_max_ps(_mm512_set1_ps(0x1p-9f), _mm512_min_ps(_mm512_set1_ps(448.0f), scale));
+        const __m512i code = to_float8(scale);
+        vector[half] = static_cast<uint8_t>(_mm512_cvtsi512_si32(code));
+        scale = from_float8(code);
+    } else {
+        scale = round_to(scale, false);
+        const uint32_t bits = _mm512_cvtsi512_si32(_mm512_castps_si512(scale));
+        const uint16_t stored = static_cast<uint16_t>(bits >> 16);
+        std::memcpy(vector + half, &stored, 2);
+    }
+    const __m512 divisor = _mm512_cvtss_f32(scale) > 0 ? scale : _mm512_set1_ps(1.0f);
+    const auto encode = [&](int64_t k, __mmask16 mask) {
+        __m512 code = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, values + k), divisor);
+        code = _mm512_roundscale_ps(code, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        code = _mm512_min_ps(_mm512_max_ps(code, _mm512_set1_ps(-7.0f)), _mm512_set1_ps(7.0f));
+        return _mm512_add_epi32(_mm512_cvtps_epi32(code), _mm512_set1_epi32(8));
+    };
+    for (int64_t k = 0; k < half; k += 16) {
+        const __mmask16 mask = left(k, half);
+        const __m512i pair = _mm512_or_si512(encode(k, mask), _mm512_slli_epi32(encode(half + k, mask), 4));
+        _mm_mask_storeu_epi8(vector + k, mask, _mm512_cvtepi32_epi8(pair));
+    }
+}
+
+// RoPE: pairs (i, i + turned / 2), each product and sum rounded to the type that all tensors have.
+void rotate(const void* x, bool is_float, int64_t start, const void* cos, int64_t cos_start,
+            const void* sin, int64_t sin_start, int64_t dim, int64_t turned, float* out) {
+    const int64_t half = turned / 2;
+    for (int side = 0; side < 2; ++side)
+        for (int64_t k = 0; k < half; k += 16) {
+            const __mmask16 mask = left(k, half);
+            const int64_t here = side * half + k, there = (1 - side) * half + k;
+            const __m512 c = load(cos, is_float, cos_start + here, mask);
+            const __m512 s = load(sin, is_float, sin_start + here, mask);
+            const __m512 first = _mm512_mul_ps(load(x, is_float, start + here, mask), c);
+            const __m512 second = _mm512_mul_ps(load(x, is_float, start + there, mask), s);
+            const __m512 a = round_to(first, is_float), b = round_to(second, is_float);
+            const __m512 sum = side == 0 ? _mm512_sub_ps(a, b) : _mm512_add_ps(a, b);
+            _mm512_mask_storeu_ps(out + here, mask, round_to(sum, is_float));
+        }
+    for (int64_t k = turned; k < dim; k += 16) {
+        const __mmask16 mask = left(k, dim);
+        _mm512_mask_storeu_ps(out + k, mask, load(x, is_float, start + k, mask));
+    }
+}
+
+struct Attention {
+    const void* query;  // [B, Hq, T, D], D contiguous
+    bool is_float;
+    int64_t query_batch, query_head, query_token;
+    Vectors key, value;
+    const float* post_scale;  // [Hkv, D] or null
+    bool quantize_query;
+    const void* mask;  // null, bytes (1: attend) or floats (added)
+    bool mask_bool;
+    int64_t mask_batch, mask_head, mask_token;
+    float scaling;
+    bool causal;
+    void* out;  // [B, Hq, T, D]
+    int64_t batches, heads, kv_heads, tokens, length, dim;
+
+    int64_t group() const { return heads / kv_heads; }
+    int64_t rows() const { return group() * tokens; }  // queries that read one head's keys
+    int64_t width() const { return 2 * padded(); }
+    int64_t padded() const { return (dim / 2 + 15) / 16 * 16; }  // half a vector, in whole registers
+};
+
+// Query row r of key head h -> its two halves, each padded with zeros, times the scores' factor.
+void prepare_query(const Attention& a, int64_t b, int64_t h, int64_t r, float* q) {
+    const int64_t head = h * a.group() + r / a.tokens, token = r % a.tokens;
+    const int64_t start = b * a.query_batch + head * a.query_head + token * a.query_token;
+    const int64_t half = a.dim / 2;
+    __m512 top = _mm512_setzero_ps();
+    for (int side = 0; side < 2; ++side)
+        for (int64_t k = 0; k < a.padded(); k += 16) {
+            const __mmask16 mask = k < half ? left(k, half) : 0;
+            __m512 x = load(a.query, a.is_float, start + side * half + k, mask);
+            if (a.post_scale != nullptr) {
+                const float* factor = a.post_scale + h * a.dim + side * half + k;
+                x = _mm512_maskz_div_ps(mask, x, _mm512_maskz_loadu_ps(mask, factor));
+            }
+            top = _mm512_max_ps(_mm512_abs_ps(x), top);
+            _mm512_storeu_ps(q + side * a.padded() + k, x);
+        }
+    const float scale = _mm512_reduce_max_ps(top) / 448.0f;
+    const __m512 divisor = _mm512_set1_ps(scale > 0 ? scale : 1.0f);
+    for (int64_t k = 0; k < a.width(); k += 16) {
+        __m512 x = _mm512_loadu_ps(q + k);
+        if (a.quantize_query) {
+            x = _mm512_div_ps(x, divisor);
+            x = _mm512_max_ps(_mm512_set1_ps(-448.0f), _mm512_min_ps(_mm512_set1_ps(448.0f), x));
+            x = _mm512_mul_ps(from_float8(to_float8(x)), _mm512_set1_ps(scale));
+        }
+        _mm512_storeu_ps(q + k, _mm512_mul_ps(x, _mm512_set1_ps(a.scaling)));
+    }
+}
+
+// scores [ROWS][kBlock] of keys [from, to), without their scales.
+template <int ROWS>
+void score(const Attention& a, const uint8_t* keys, int64_t count, const float* q, float* scores) {
+    constexpr int KEYS = 16 / ROWS;
+    const __m512 table = code_table();
+    const int64_t half = a.dim / 2, padded = a.padded();
+    for (int64_t s = 0; s < count; s += KEYS) {
+        const uint8_t* at[KEYS];
+        for (int i = 0; i < KEYS; ++i) at[i] = keys + std::min(s + i, count - 1) * a.key.token;
+        __m512 sums[16];
+        for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < half; k += 16) {
+            const __mmask16 mask = left(k, half);
+#pragma GCC unroll 16
+            for (int i = 0; i < KEYS; ++i) {
+                __m512 low, high;
+                expand(at[i] + k, mask, table, low, high);
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; ++r) {
+                    const float* row = q + r * 2 * padded + k;
+                    __m512& sum = sums[r * KEYS + i];
+                    sum = _mm512_fmadd_ps(low, _mm512_loadu_ps(row), sum);
+                    sum = _mm512_fmadd_ps(high, _mm512_loadu_ps(row + padded), sum);
+                }
+            }
+        }
+        alignas(64) float found[16];
+        _mm512_store_ps(found, reduce(sums));
+        for (int r = 0; r < ROWS; ++r)
+            for (int i = 0; i < KEYS; ++i) scores[r * (kBlock + 16) + s + i] = found[r * KEYS + i];
+    }
+}
+
+// out [ROWS][width] = out * keep[row] + sum over keys of weights [key][kRows] * codes.
+template <int ROWS>
+void accumulate(const Attention& a, const uint8_t* values, int64_t count, const float* weights,
+                const float* keep, float* out) {
+    const __m512 table = code_table();
+    const int64_t half = a.dim / 2, padded = a.padded();
+    for (int64_t k = 0; k < half; k += 16) {
+        const __mmask16 mask = left(k, half);
+        __m512 low[ROWS], high[ROWS];
+        for (int r = 0; r < ROWS; ++r) {
+            const __m512 factor = _mm512_set1_ps(keep[r]);
+            low[r] = _mm512_mul_ps(_mm512_loadu_ps(out + r * 2 * padded + k), factor);
+            high[r] = _mm512_mul_ps(_mm512_loadu_ps(out + r * 2 * padded + padded + k), factor);
+        }
+        for (int64_t s = 0; s < count; ++s) {
+            __m512 first, second;
+            expand(values + s * a.value.token + k, mask, table, first, second);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) {
+                const __m512 weight = _mm512_set1_ps(weights[s * kRows + r]);
+                low[r] = _mm512_fmadd_ps(first, weight, low[r]);
+                high[r] = _mm512_fmadd_ps(second, weight, high[r]);
+            }
+        }
+        for (int r = 0; r < ROWS; ++r) {
+            _mm512_storeu_ps(out + r * 2 * padded + k, low[r]);
+            _mm512_storeu_ps(out + r * 2 * padded + padded + k, high[r]);
+        }
+    }
+}
+
+template <typename Function>
+void with_rows(int64_t rows, Function call) {
+    if (rows > 2) call(std::integral_constant<int, 4>());
+    else if (rows == 2) call(std::integral_constant<int, 2>());
+    else call(std::integral_constant<int, 1>());
+}
+
+// Scores of one row -> masked; returns the largest.
+float finish_scores(const Attention& a, int64_t b, int64_t h, int64_t r, int64_t from, int64_t count,
+                    const float* scales, float* scores) {
+    const int64_t head = h * a.group() + r / a.tokens, token = r % a.tokens;
+    const int64_t seen = a.causal ? a.length - a.tokens + token + 1 - from : count;
+    const int64_t at = b * a.mask_batch + head * a.mask_head + token * a.mask_token + from;
+    const __m512 nothing = _mm512_set1_ps(-INFINITY);
+    __m512 top = nothing;
+    for (int64_t s = 0; s < count; s += 16) {
+        const __mmask16 inside = left(s, count);
+        __mmask16 attends = seen > s ? left(s, std::min(seen, count)) : 0;
+        __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + s), _mm512_loadu_ps(scales + s));
+        if (a.mask != nullptr && a.mask_bool) {
+            const __m128i bytes = _mm_maskz_loadu_epi8(inside, static_cast<const uint8_t*>(a.mask) + at + s);
+            attends &= _mm_test_epi8_mask(bytes, bytes);
+        } else if (a.mask != nullptr) {
+            x = _mm512_add_ps(x, load(a.mask, true, at + s, inside));
+        }
+        x = _mm512_mask_mov_ps(nothing, attends, x);
+        _mm512_storeu_ps(scores + s, x);
+        top = _mm512_max_ps(top, x);
+    }
+    return _mm512_reduce_max_ps(top);
+}
+
+// Up to four query rows of one head over keys [from, to): out [rows][width] not yet divided by `total`.
+void attend(const Attention& a, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t from,
+            int64_t to, const float* q, float* out, float* top, float* total, float* scratch) {
+    float* scores = scratch;                               // [kRows][kBlock + 16]
+    float* weights = scores + kRows * (kBlock + 16);       // [kBlock + 16][kRows]
+    float* scales = weights + kRows * (kBlock + 16);       // [2][kBlock + 16], keys' and values'
+    for (int r = 0; r < kRows; ++r) {
+        top[r] = -INFINITY;
+        total[r] = 0;
+        std::fill(out + r * a.width(), out + (r + 1) * a.width(), 0.0f);
+    }
+    std::fill(weights, weights + kRows * (kBlock + 16), 0.0f);
+    for (int64_t start = from; start < to; start += kBlock) {
+        const int64_t count = std::min(kBlock, to - start);
+        const uint8_t *keys = a.key.at(b, h, start), *values = a.value.at(b, h, start);
+        with_rows(rows, [&](auto n) { score<n.value>(a, keys, count, q, scores); });
+        for (int64_t s = 0; s < count; ++s) {
+            scales[s] = a.key.scale(keys + s * a.key.token);
+            scales[kBlock + 16 + s] = a.value.scale(values + s * a.value.token);
+        }
+        float keep[kRows] = {1, 1, 1, 1};
+        for (int64_t r = 0; r < rows; ++r) {
+            float* row = scores + r * (kBlock + 16);
+            const float found = finish_scores(a, b, h, first + r, start, count, scales, row);
+            const float largest = std::max(top[r], found);
+            // A row that has seen no key yet: its weights must be zeros, not NaN.
+            const __m512 shift = _mm512_set1_ps(largest == -INFINITY ? 0.0f : largest);
+            keep[r] = top[r] == -INFINITY ? 0.0f : std::exp(top[r] - largest);
+            top[r] = largest;
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t s = 0; s < count; s += 16) {
+                __m512 p = exponential(_mm512_sub_ps(_mm512_loadu_ps(row + s), shift));
+                p = _mm512_maskz_mov_ps(left(s, count), p);
+                sum = _mm512_add_ps(sum, p);
+                p = _mm512_mul_ps(p, _mm512_loadu_ps(scales + kBlock + 16 + s));
+                const __m512i places = _mm512_mullo_epi32(
+                    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                    _mm512_set1_epi32(kRows));
+                _mm512_mask_i32scatter_ps(weights + s * kRows + r, left(s, count), places, p, 4);
+            }
+            total[r] = total[r] * keep[r] + _mm512_reduce_add_ps(sum);
+        }
+        with_rows(rows, [&](auto n) { accumulate<n.value>(a, values, count, weights, keep, out); });
+    }
+}
+
+struct Partial {
+    float top[kRows], total[kRows];
+};
+
+// The parts' outputs of up to four rows -> the attention's.
+void combine(const Attention& a, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t parts,
+             const Partial* partial, const float* outs) {
+    for (int64_t r = 0; r < rows; ++r) {
+        float top = -INFINITY, total = 0;
+        for (int64_t p = 0; p < parts; ++p) top = std::max(top, partial[p].top[r]);
+        for (int64_t p = 0; p < parts; ++p)
+            if (partial[p].top[r] > -INFINITY) total += partial[p].total[r] * std::exp(partial[p].top[r] - top);
+        const int64_t head = h * a.group() + (first + r) / a.tokens, token = (first + r) % a.tokens;
+        const int64_t at = ((b * a.heads + head) * a.tokens + token) * a.dim, half = a.dim / 2;
+        for (int side = 0; side < 2; ++side)
+            for (int64_t k = 0; k < half; k += 16) {
+                __m512 sum = _mm512_setzero_ps();
+                for (int64_t p = 0; p < parts; ++p) {
+                    if (partial[p].top[r] == -INFINITY) continue;
+                    const float factor = std::exp(partial[p].top[r] - top) / total;
+                    const float* out = outs + (p * kRows + r) * a.width() + side * a.padded() + k;
+                    sum = _mm512_fmadd_ps(_mm512_loadu_ps(out), _mm512_set1_ps(factor), sum);
+                }
+                store(a.out, a.is_float, at + side * half + k, left(k, half), sum);
+            }
+    }
+}
+
+int64_t parts_for(const Attention& a, int64_t tasks, int threads) {
+    const int64_t most = std::max<int64_t>(1, a.length / kLeast);
+    return tasks >= threads ? 1 : std::min<int64_t>(most, (threads + tasks - 1) / tasks);
+}
+
+}  // namespace
+
+// Strides: query {B, H, T} in elements, key and value {B, H, S} in bytes, mask {B, H, T} in elements.
+// Returns 0, or 1 where memory is missing.
+extern "C" int quantkit_kv4_attention(const void* query, int is_float, const int64_t* query_strides,
+                                      const uint8_t* key, const int64_t* key_strides,
+                                      const uint8_t* value, const int64_t* value_strides, int float8,
+                                      const float* post_scale, int quantize_query, const void* mask,
+                                      int mask_bool, const int64_t* mask_strides, float scaling,
+                                      int causal, void* out, const int64_t* sizes, int threads) {
+    const auto vectors = [&](const uint8_t* data, const int64_t* s) {
+        return Vectors{data, s[0], s[1], s[2], sizes[5] / 2, float8 != 0};
+    };
+    const Attention a{query, is_float != 0, query_strides[0], query_strides[1], query_strides[2],
+                      vectors(key, key_strides), vectors(value, value_strides), post_scale,
+                      quantize_query != 0, mask, mask_bool != 0, mask_strides[0], mask_strides[1],
+                      mask_strides[2], scaling, causal != 0, out, sizes[0], sizes[1], sizes[2],
+                      sizes[3], sizes[4], sizes[5]};
+    const int64_t groups = (a.rows() + kRows - 1) / kRows;
+    const int64_t tasks = a.batches * a.kv_heads * groups;
+    const int64_t parts = parts_for(a, tasks, threads);
+    const int64_t each = ((a.length + parts - 1) / parts + 15) / 16 * 16;
+    const int64_t width = kRows * a.width();
+    float* outs = static_cast<float*>(std::malloc(tasks * parts * width * sizeof(float)));
+    Partial* partial = static_cast<Partial*>(std::malloc(tasks * parts * sizeof(Partial)));
+    int failed = outs == nullptr || partial == nullptr;
+    if (a.length * tasks * kRows < 4 * kLeast) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
+    {
+        float* scratch = static_cast<float*>(std::malloc((width + (2 * kRows + 2) * (kBlock + 16)) * sizeof(float)));
+        failed |= scratch == nullptr;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < tasks * parts; ++task) {
+            if (failed) continue;
+            const int64_t whole = task / parts, part = task % parts;
+            const int64_t first = whole % groups * kRows, rows = std::min<int64_t>(kRows, a.rows() - first);
+            const int64_t h = whole / groups % a.kv_heads, b = whole / groups / a.kv_heads;
+            for (int64_t r = 0; r < kRows; ++r)  // three rows run as four, the last twice
+                prepare_query(a, b, h, first + std::min(r, rows - 1), scratch + r * a.width());
+            attend(a, b, h, first, rows, std::min(part * each, a.length), std::min((part + 1) * each, a.length),
+                   scratch, outs + task * width, partial[task].top, partial[task].total, scratch + width);
+        }
+#pragma omp for schedule(static)
+        for (int64_t whole = 0; whole < tasks; ++whole) {
+            if (failed) continue;
+            const int64_t first = whole % groups * kRows, rows = std::min<int64_t>(kRows, a.rows() - first);
+            combine(a, whole / groups / a.kv_heads, whole / groups % a.kv_heads, first, rows, parts,
+                    partial + whole * parts, outs + whole * parts * width);
+        }
+        std::free(scratch);
+    }
+    std::free(outs);
+    std::free(partial);
+    return failed;
+}
+
+// Queries as `quantkit_kv4_attention` reads them (without the scores' factor) -> [B, Hq, T, D] in their type.
+extern "C" void quantkit_kv4_query(const void* query, int is_float, const int64_t* strides,
+                                   const float* post_scale, int quantize, void* out,
+                                   const int64_t* sizes, int threads) {
+    Attention a{};
+    a.query = query;
+    a.is_float = is_float != 0;
+    a.query_batch = strides[0], a.query_head = strides[1], a.query_token = strides[2];
+    a.post_scale = post_scale;
+    a.quantize_query = quantize != 0;
+    a.scaling = 1.0f;
+    a.batches = sizes[0], a.heads = sizes[1], a.kv_heads = sizes[2], a.tokens = sizes[3], a.dim = sizes[5];
+    const int64_t half = a.dim / 2, count = a.batches * a.kv_heads * a.rows();
+    if (count * a.dim < (1 << 14)) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < count; ++i) {
+        float q[2 * kWidest];
+        const int64_t r = i % a.rows(), h = i / a.rows() % a.kv_heads, b = i / a.rows() / a.kv_heads;
+        prepare_query(a, b, h, r, q);
+        for (int64_t k = 0; k < half; k += 16) {
+            store(out, a.is_float, i * a.dim + k, left(k, half), _mm512_loadu_ps(q + k));
+            store(out, a.is_float, i * a.dim + half + k, left(k, half), _mm512_loadu_ps(q + a.padded() + k));
+        }
+    }
+}
+
+// x [A, B, C, D] with strides {A, B, C} in elements, times factor [B, D] (or null) -> vectors of D / 2
+// bytes and a scale, without gaps.
+extern "C" void quantkit_kv4_quantize(const void* x, int is_float, const int64_t* strides,
+                                      const int64_t* sizes, const float* factor, int float8,
+                                      uint8_t* out, int threads) {
+    const int64_t dim = sizes[3], token = dim / 2 + (float8 ? 1 : 2);
+    const int64_t count = sizes[0] * sizes[1] * sizes[2];
+    if (count * dim < (1 << 14)) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < count; ++i) {
+        float values[2 * kWidest];
+        const int64_t c = i % sizes[2], b = i / sizes[2] % sizes[1], a = i / sizes[2] / sizes[1];
+        const int64_t start = a * strides[0] + b * strides[1] + c * strides[2];
+        for (int64_t k = 0; k < dim; k += 16)
+            _mm512_storeu_ps(values + k, load(x, is_float != 0, start + k, left(k, dim)));
+        pack_vector(values, dim, factor == nullptr ? nullptr : factor + b * dim, float8 != 0, out + i * token);
+    }
+}
+
+// RoPE of query [B, Hq, T, D] into out, of key [B, Hkv, T, D], whose packed vectors then go to the
+// caches' slots `positions` [T] as those of value do. cos and sin are [B or 1, T, R]. Strides: of
+// query, key, value {B, H, T}, of cos and sin {B, T}, in elements; of the caches {B, H, S}, in bytes.
+// sizes: B, Hq, Hkv, T, D, R.
+extern "C" void quantkit_kv4_append(const void* query, const void* key, const void* value,
+                                    const void* cos, const void* sin, int is_float,
+                                    const int64_t* strides, uint8_t* key_cache, uint8_t* value_cache,
+                                    const int64_t* positions, const float* factor, int float8,
+                                    void* out, const int64_t* sizes, int threads) {
+    const int64_t heads = sizes[1], kv_heads = sizes[2], tokens = sizes[3], dim = sizes[4], turned = sizes[5];
+    const int64_t *qs = strides, *ks = strides + 3, *vs = strides + 6, *cs = strides + 9, *ss = strides + 11;
+    const int64_t *kc = strides + 13, *vc = strides + 16;
+    const int64_t all = heads + 2 * kv_heads, count = sizes[0] * tokens * all;
+    if (count * dim < (1 << 14)) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < count; ++i) {
+        float values[2 * kWidest];
+        const int64_t t = i % tokens, b = i / tokens / all, j = i / tokens % all;
+        const int64_t h = j < heads ? j : (j - heads) % kv_heads;
+        if (j >= heads + kv_heads) {
+            const int64_t start = b * vs[0] + h * vs[1] + t * vs[2];
+            for (int64_t k = 0; k < dim; k += 16)
+                _mm512_storeu_ps(values + k, load(value, is_float != 0, start + k, left(k, dim)));
+            pack_vector(values, dim, nullptr, float8 != 0,
+                        value_cache + b * vc[0] + h * vc[1] + positions[t] * vc[2]);
+            continue;
+        }
+        const int64_t* at = j < heads ? qs : ks;
+        rotate(j < heads ? query : key, is_float != 0, b * at[0] + h * at[1] + t * at[2], cos,
+               b * cs[0] + t * cs[1], sin, b * ss[0] + t * ss[1], dim, turned, values);
+        if (j < heads) {
+            const int64_t place = ((b * heads + h) * tokens + t) * dim;
+            for (int64_t k = 0; k < dim; k += 16)
+                store(out, is_float != 0, place + k, left(k, dim), _mm512_loadu_ps(values + k));
+        } else {
+            pack_vector(values, dim, factor == nullptr ? nullptr : factor + h * dim, float8 != 0,
+                        key_cache + b * kc[0] + h * kc[1] + positions[t] * kc[2]);
+        }
+    }
+}
+
+// Vectors [A, B, C] with strides in bytes -> contiguous bf16 or float32 [A, B, C, D].
+extern "C" void quantkit_kv4_dequantize(const uint8_t* packed, const int64_t* strides,
+                                        const int64_t* sizes, int float8, void* out, int is_float,
+                                        int threads) {
+    const int64_t dim = sizes[3], half = dim / 2, count = sizes[0] * sizes[1] * sizes[2];
+    const Vectors vectors{packed, strides[0], strides[1], strides[2], half, float8 != 0};
+    if (count * dim < (1 << 14)) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < count; ++i) {
+        const uint8_t* vector = vectors.at(i / sizes[2] / sizes[1], i / sizes[2] % sizes[1], i % sizes[2]);
+        const __m512 scale = _mm512_set1_ps(vectors.scale(vector)), table = code_table();
+        for (int64_t k = 0; k < half; k += 16) {
+            const __mmask16 mask = left(k, half);
+            __m512 low, high;
+            expand(vector + k, mask, table, low, high);
+            store(out, is_float != 0, i * dim + k, mask, _mm512_mul_ps(low, scale));
+            store(out, is_float != 0, i * dim + half + k, mask, _mm512_mul_ps(high, scale));
+        }
+    }
+}
