@@ -108,6 +108,27 @@ def split(packed: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tens
     return codes, scale.reshape(*packed.shape[:-1], 1)
 
 
+def planes(cache: torch.Tensor, head_dim: int, planar: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of a cache uint8 [B, H, S, P]: (nibble pairs [B, H, S, head_dim / 2], scales' bytes [B, H, S, 1 or 2]).
+
+    Args:
+        planar: the codes of a head's S tokens lie together, their scales behind them: what a GPU reads
+            16 bytes at a time. Else every vector is followed by its scale.
+    """
+    half = head_dim // 2
+    if not planar:
+        return cache[..., :half], cache[..., half:]
+    length, size = cache.shape[2:]
+    flat = cache.flatten(2)
+    codes = flat[..., : length * half].unflatten(-1, (length, half))
+    return codes, flat[..., length * half :].unflatten(-1, (length, size - half))
+
+
+def interleaved(cache: torch.Tensor, head_dim: int, planar: bool) -> torch.Tensor:
+    """The cache with every vector followed by its scale."""
+    return torch.cat(planes(cache, head_dim, True), dim=-1) if planar else cache
+
+
 def scale_dtype_of(packed: torch.Tensor, head_dim: int) -> torch.dtype:
     """The scale's dtype, told by its size."""
     return torch.bfloat16 if packed.shape[-1] - head_dim // 2 == 2 else torch.float8_e4m3fn
@@ -120,6 +141,16 @@ def check_packed(packed: torch.Tensor, head_dim: int) -> None:
         raise ValueError(
             f"packed must be uint8 [..., {head_dim}/2 + 1 or 2], "
             f"got {packed.dtype} {tuple(packed.shape)}"
+        )
+
+
+def check_planar(cache: torch.Tensor) -> None:
+    """Raise ValueError unless a head's bytes lie together."""
+    length, size = cache.shape[2:]
+    if cache.stride()[1:] != (length * size, size, 1):
+        raise ValueError(
+            f"a planar cache must not be sliced by tokens, got strides {cache.stride()} "
+            f"of {tuple(cache.shape)}"
         )
 
 

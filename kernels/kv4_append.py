@@ -6,7 +6,7 @@ import torch
 
 from .cpu import kv4 as native
 from .dispatch import Op
-from .kv4 import check_packed, kv4_quantize, scale_dtype_of
+from .kv4 import check_packed, check_planar, kv4_quantize, planes, scale_dtype_of
 
 
 def _reference(
@@ -19,6 +19,7 @@ def _reference(
     value_cache: torch.Tensor,
     positions: torch.Tensor,
     factor: torch.Tensor | None = None,
+    planar: bool = False,
 ) -> torch.Tensor:
     """The query after RoPE [B, Hq, T, D]; keys after RoPE and values go packed into the caches.
 
@@ -33,15 +34,21 @@ def _reference(
         key_cache, value_cache: uint8 [B, Hkv, S, P]; the scale's type is told by P. Written to.
         positions: int64 [T], the slots of the new tokens, below S and all different.
         factor: float32 [Hkv, D] or None.
+        planar: the caches' layout, see `kv4.planes`.
 
     Raises:
         ValueError: the shapes or dtypes do not fit together.
     """
     kind = "bfloat16" if scale_dtype_of(key_cache, key.shape[-1]) == torch.bfloat16 else None
     scale_type = kind or "float8_e4m3fn"
-    packed = kv4_quantize.reference(rotate(key, cos, sin), scale_type, factor)
-    key_cache.index_copy_(2, positions, packed)
-    value_cache.index_copy_(2, positions, kv4_quantize.reference(value, scale_type))
+    dim = key.shape[-1]
+    for cache, packed in (
+        (key_cache, kv4_quantize.reference(rotate(key, cos, sin), scale_type, factor)),
+        (value_cache, kv4_quantize.reference(value, scale_type)),
+    ):
+        codes, scales = planes(cache, dim, planar)
+        codes.index_copy_(2, positions, packed[..., : dim // 2])
+        scales.index_copy_(2, positions, packed[..., dim // 2 :])
     return rotate(query, cos, sin)
 
 
@@ -64,8 +71,9 @@ def _cpu(
     value_cache: torch.Tensor,
     positions: torch.Tensor,
     factor: torch.Tensor | None = None,
+    planar: bool = False,
 ) -> torch.Tensor:
-    arguments = (query, key, value, cos, sin, key_cache, value_cache, positions, factor)
+    arguments = (query, key, value, cos, sin, key_cache, value_cache, positions, factor, planar)
     found = native.append(*arguments)
     return _reference(*arguments) if found is None else found
 
@@ -80,6 +88,7 @@ def _check(
     value_cache: torch.Tensor,
     positions: torch.Tensor,
     factor: torch.Tensor | None = None,
+    planar: bool = False,
 ) -> None:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     batch, _, tokens, dim = query.shape if query.dim() == 4 else (0, 0, 0, 0)
@@ -105,6 +114,9 @@ def _check(
             f"the caches must have one shape and positions be [T], got {tuple(key_cache.shape)}, "
             f"{tuple(value_cache.shape)} and {tuple(positions.shape)}: {shapes}"
         )
+    if planar:
+        check_planar(key_cache)
+        check_planar(value_cache)
     if factor is not None and factor.shape != (key.shape[1], dim):
         raise ValueError(f"factor must be [Hkv, D], got {tuple(factor.shape)}: {shapes}")
 
@@ -119,6 +131,7 @@ def _fake(
     value_cache: torch.Tensor,
     positions: torch.Tensor,
     factor: torch.Tensor | None = None,
+    planar: bool = False,
 ) -> torch.Tensor:
     return query.new_empty(query.shape)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from .cpu import kv4 as native
 from .dispatch import Op
-from .kv4 import check_packed, kv4_dequantize
+from .kv4 import check_packed, check_planar, interleaved, kv4_dequantize
 from .quantize_fp8 import quantize_fp8
 
 
@@ -20,6 +20,9 @@ def _reference(
     is_causal: bool,
     post_scale: torch.Tensor | None = None,
     quantize_query: bool = True,
+    length: torch.Tensor | None = None,
+    window: int = 0,
+    planar: bool = False,
 ) -> torch.Tensor:
     """softmax(scaling * q k^T + mask) v -> [B, Hq, T, D] in query's dtype, in float32 inside.
 
@@ -36,19 +39,24 @@ def _reference(
         is_causal: query t sees keys up to S - T + t; used only where mask is None.
         post_scale: float32 [Hkv, D] or None.
         quantize_query: round the query to FP8.
+        length: int64, one number: only so many of the S keys are there (what a static cache holds);
+            S in this text is then that number, but for the mask's S. None: all.
+        window: where causal, a query sees only so many of the last keys; 0: all of them.
+        planar: the caches' layout, see `kv4.planes`.
 
     Raises:
         ValueError: the shapes do not fit together.
     """
     batch, heads, tokens, dim = query.shape
-    kv_heads, length = key.shape[1], key.shape[2]
+    kv_heads = key.shape[1]
+    key, value, mask = _cut(key, value, mask, dim, length, planar)
     q = prepare_query(query, kv_heads, post_scale, quantize_query, torch.float32)
     q = q.reshape(batch, kv_heads, heads // kv_heads, tokens, dim)
     k = kv4_dequantize.reference(key, dim, torch.float32)[:, :, None]
     v = kv4_dequantize.reference(value, dim, torch.float32)[:, :, None]
     scores = (q @ k.transpose(-1, -2)) * scaling
     if mask is None and is_causal:
-        mask = causal_mask(tokens, length, query.device)
+        mask = causal_mask(tokens, key.shape[2], query.device, window)
     if mask is not None:
         grouped = mask if mask.dim() < 4 else _group_heads(mask, kv_heads)
         if mask.dtype == torch.bool:
@@ -58,6 +66,22 @@ def _reference(
     # A row of -inf alone would be NaN; such a query attends to nothing and gives zeros.
     weights = scores.softmax(dim=-1).nan_to_num(0.0)
     return (weights @ v).reshape(query.shape).to(query.dtype)
+
+
+def _cut(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dim: int,
+    length: torch.Tensor | None,
+    planar: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Keys, values and mask of the tokens that are there, every vector followed by its scale."""
+    key, value = interleaved(key, dim, planar), interleaved(value, dim, planar)
+    if length is None:
+        return key, value, mask
+    there = int(length)
+    return key[:, :, :there], value[:, :, :there], None if mask is None else mask[..., :there]
 
 
 def _group_heads(mask: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -87,10 +111,11 @@ def prepare_query(
     return q.to(dtype)
 
 
-def causal_mask(tokens: int, length: int, device: torch.device) -> torch.Tensor:
-    """bool [T, S], True where query t may see key s: s <= S - T + t."""
+def causal_mask(tokens: int, length: int, device: torch.device, window: int = 0) -> torch.Tensor:
+    """bool [T, S], True where query t may see key s: s <= S - T + t, and s > S - T + t - window if there is one."""
     seen = torch.ones(tokens, length, dtype=torch.bool, device=device)
-    return seen.tril(diagonal=length - tokens)
+    seen = seen.tril(diagonal=length - tokens)
+    return seen.triu(diagonal=length - tokens - window + 1) if window else seen
 
 
 def _cpu(
@@ -102,19 +127,29 @@ def _cpu(
     is_causal: bool,
     post_scale: torch.Tensor | None = None,
     quantize_query: bool = True,
+    length: torch.Tensor | None = None,
+    window: int = 0,
+    planar: bool = False,
 ) -> torch.Tensor:
+    _, heads, tokens, dim = query.shape
+    if length is not None and not planar:
+        key, value, mask = _cut(key, value, mask, dim, length, planar)
+    there = key.shape[2] if length is None else int(length)
+    if mask is None and is_causal and window and window < there:
+        mask = causal_mask(tokens, there, query.device, window)[None, None]
     found = native.attention(
-        query, key, value, mask, scaling, is_causal, post_scale, quantize_query
+        query, key, value, mask, scaling, is_causal, post_scale, quantize_query, there, planar
     )
     if found is not None:
         return found
-    _, heads, tokens, dim = query.shape
-    kv_heads, length = key.shape[1], key.shape[2]
+    if planar:
+        key, value, mask = _cut(key, value, mask, dim, length, planar)
+    kv_heads, there = key.shape[1], key.shape[2]
     q = native.query(query, kv_heads, post_scale, quantize_query)
     if q is None:
         q = prepare_query(query, kv_heads, post_scale, quantize_query, query.dtype)
-    if mask is None and is_causal and 1 < tokens < length:
-        mask, is_causal = causal_mask(tokens, length, query.device), False
+    if mask is None and is_causal and 1 < tokens < there:
+        mask, is_causal = causal_mask(tokens, there, query.device), False
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     out = F.scaled_dot_product_attention(
@@ -123,7 +158,7 @@ def _cpu(
         kv4_dequantize(value, dim, query.dtype),
         attn_mask=mask,
         # torch aligns its causal mask to the first key: right only where T = S.
-        is_causal=is_causal and mask is None and tokens == length,
+        is_causal=is_causal and mask is None and tokens == there,
         scale=scaling,
         enable_gqa=heads != kv_heads,
     )
@@ -139,6 +174,9 @@ def _check(
     is_causal: bool,
     post_scale: torch.Tensor | None = None,
     quantize_query: bool = True,
+    length: torch.Tensor | None = None,
+    window: int = 0,
+    planar: bool = False,
 ) -> None:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.dim() != 4 or key.dim() != 4 or key.shape[:3] != value.shape[:3]:
@@ -154,6 +192,13 @@ def _check(
         raise ValueError(f"mask must be [B or 1, 1 or Hq, T, S], got {tuple(mask.shape)}: {shapes}")
     if post_scale is not None and post_scale.shape != (key.shape[1], dim):
         raise ValueError(f"post_scale must be [Hkv, D], got {tuple(post_scale.shape)}: {shapes}")
+    if length is not None and (length.numel() != 1 or length.is_floating_point()):
+        raise ValueError(f"length must be one integer, got {length.dtype} {tuple(length.shape)}")
+    if window < 0:
+        raise ValueError(f"window must be 0 (none) or more, got {window}")
+    if planar:
+        check_planar(key)
+        check_planar(value)
 
 
 def _fake(
@@ -165,6 +210,9 @@ def _fake(
     is_causal: bool,
     post_scale: torch.Tensor | None = None,
     quantize_query: bool = True,
+    length: torch.Tensor | None = None,
+    window: int = 0,
+    planar: bool = False,
 ) -> torch.Tensor:
     return query.new_empty(query.shape)
 

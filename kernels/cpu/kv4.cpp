@@ -1,7 +1,7 @@
 // INT4 keys and values on the CPU: packing, and attention of a few queries over the packed bytes.
 //
 // A vector of D numbers is D / 2 bytes (byte i: element i low, element i + D / 2 high, both q + 8) and a
-// scale. Attention reads them once: 16 bytes become 32 floats by two permutations of a table of the 16
+// scale, behind them or (planar) behind the codes of all tokens. Attention reads them once: 16 bytes become 32 floats by two permutations of a table of the 16
 // codes, shared by up to four queries of a group.
 //
 //   keys:   4 rows x 4 keys (2 x 8, 1 x 16) of sums in 16 registers --- reduced together ---> 16 scores
@@ -29,20 +29,26 @@ inline __m512 code_table() {
     return _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
 }
 
-// Where a packed tensor's vectors are, [B, H, S] of them.
+// Where a packed tensor's vectors are, [B, H, S] of them; `strides` as they come from Python.
 struct Vectors {
-    const uint8_t* data;
-    int64_t batch, head, token;  // strides in bytes
-    int64_t half;                // D / 2
-    bool float8;                 // the scale's type, else bf16
+    uint8_t* data;
+    int64_t batch, head, token;       // strides in bytes
+    int64_t scales, scale_token;      // where the first scale is, and the bytes to the next
+    bool float8;                      // the scale's type, else bf16
 
-    const uint8_t* at(int64_t b, int64_t h, int64_t s) const {
-        return data + b * batch + h * head + s * token;
+    Vectors(const uint8_t* data, const int64_t* strides, bool float8)
+        : data(const_cast<uint8_t*>(data)), batch(strides[0]), head(strides[1]), token(strides[2]),
+          scales(strides[3]), scale_token(strides[4]), float8(float8) {}
+    Vectors() = default;
+
+    uint8_t* at(int64_t b, int64_t h, int64_t s) const { return data + b * batch + h * head + s * token; }
+    uint8_t* scale_at(int64_t b, int64_t h, int64_t s) const {
+        return data + b * batch + h * head + scales + s * scale_token;
     }
-    float scale(const uint8_t* vector) const {
-        if (float8) return _mm512_cvtss_f32(from_float8(_mm512_set1_epi32(vector[half])));
+    float scale(const uint8_t* at) const {
+        if (float8) return _mm512_cvtss_f32(from_float8(_mm512_set1_epi32(*at)));
         uint16_t bits;
-        std::memcpy(&bits, vector + half, 2);
+        std::memcpy(&bits, at, 2);
         const uint32_t wide = static_cast<uint32_t>(bits) << 16;
         float value;
         std::memcpy(&value, &wide, 4);
@@ -75,7 +81,8 @@ inline __m512 reduce(__m512 sums[16]) {
 }
 
 // values [D] times factors (or null) -> D / 2 bytes and the scale; values are changed.
-void pack_vector(float* values, int64_t dim, const float* factors, bool float8, uint8_t* vector) {
+void pack_vector(float* values, int64_t dim, const float* factors, bool float8, uint8_t* vector,
+                 uint8_t* stored_scale) {
     const int64_t half = dim / 2;
     __m512 top = _mm512_setzero_ps();
     __mmask16 nan = 0;
@@ -92,13 +99,13 @@ void pack_vector(float* values, int64_t dim, const float* factors, bool float8, 
         // min and max give their second operand where the first is NaN: NaN stays.
         scale = _mm512_max_ps(_mm512_set1_ps(0x1p-9f), _mm512_min_ps(_mm512_set1_ps(448.0f), scale));
         const __m512i code = to_float8(scale);
-        vector[half] = static_cast<uint8_t>(_mm512_cvtsi512_si32(code));
+        *stored_scale = static_cast<uint8_t>(_mm512_cvtsi512_si32(code));
         scale = from_float8(code);
     } else {
         scale = round_to(scale, false);
         const uint32_t bits = _mm512_cvtsi512_si32(_mm512_castps_si512(scale));
         const uint16_t stored = static_cast<uint16_t>(bits >> 16);
-        std::memcpy(vector + half, &stored, 2);
+        std::memcpy(stored_scale, &stored, 2);
     }
     const __m512 divisor = _mm512_cvtss_f32(scale) > 0 ? scale : _mm512_set1_ps(1.0f);
     const auto encode = [&](int64_t k, __mmask16 mask) {
@@ -300,8 +307,8 @@ void attend(const Attention& a, int64_t b, int64_t h, int64_t first, int64_t row
         const uint8_t *keys = a.key.at(b, h, start), *values = a.value.at(b, h, start);
         with_rows(rows, [&](auto n) { score<n.value>(a, keys, count, q, scores); });
         for (int64_t s = 0; s < count; ++s) {
-            scales[s] = a.key.scale(keys + s * a.key.token);
-            scales[kBlock + 16 + s] = a.value.scale(values + s * a.value.token);
+            scales[s] = a.key.scale(a.key.scale_at(b, h, start + s));
+            scales[kBlock + 16 + s] = a.value.scale(a.value.scale_at(b, h, start + s));
         }
         float keep[kRows] = {1, 1, 1, 1};
         for (int64_t r = 0; r < rows; ++r) {
@@ -364,7 +371,8 @@ int64_t parts_for(const Attention& a, int64_t tasks, int threads) {
 
 }  // namespace
 
-// Strides: query {B, H, T} in elements, key and value {B, H, S} in bytes, mask {B, H, T} in elements.
+// Strides: query {B, H, T} in elements; key and value {B, H, S, first scale, next scale} in bytes; mask
+// {B, H, T} in elements.
 // Returns 0, or 1 where memory is missing.
 extern "C" int quantkit_kv4_attention(const void* query, int is_float, const int64_t* query_strides,
                                       const uint8_t* key, const int64_t* key_strides,
@@ -372,11 +380,8 @@ extern "C" int quantkit_kv4_attention(const void* query, int is_float, const int
                                       const float* post_scale, int quantize_query, const void* mask,
                                       int mask_bool, const int64_t* mask_strides, float scaling,
                                       int causal, void* out, const int64_t* sizes, int threads) {
-    const auto vectors = [&](const uint8_t* data, const int64_t* s) {
-        return Vectors{data, s[0], s[1], s[2], sizes[5] / 2, float8 != 0};
-    };
     const Attention a{query, is_float != 0, query_strides[0], query_strides[1], query_strides[2],
-                      vectors(key, key_strides), vectors(value, value_strides), post_scale,
+                      Vectors(key, key_strides, float8 != 0), Vectors(value, value_strides, float8 != 0), post_scale,
                       quantize_query != 0, mask, mask_bool != 0, mask_strides[0], mask_strides[1],
                       mask_strides[2], scaling, causal != 0, out, sizes[0], sizes[1], sizes[2],
                       sizes[3], sizes[4], sizes[5]};
@@ -459,13 +464,14 @@ extern "C" void quantkit_kv4_quantize(const void* x, int is_float, const int64_t
         const int64_t start = a * strides[0] + b * strides[1] + c * strides[2];
         for (int64_t k = 0; k < dim; k += 16)
             _mm512_storeu_ps(values + k, load(x, is_float != 0, start + k, left(k, dim)));
-        pack_vector(values, dim, factor == nullptr ? nullptr : factor + b * dim, float8 != 0, out + i * token);
+        uint8_t* vector = out + i * token;
+        pack_vector(values, dim, factor == nullptr ? nullptr : factor + b * dim, float8 != 0, vector, vector + dim / 2);
     }
 }
 
 // RoPE of query [B, Hq, T, D] into out, of key [B, Hkv, T, D], whose packed vectors then go to the
 // caches' slots `positions` [T] as those of value do. cos and sin are [B or 1, T, R]. Strides: of
-// query, key, value {B, H, T}, of cos and sin {B, T}, in elements; of the caches {B, H, S}, in bytes.
+// query, key, value {B, H, T}, of cos and sin {B, T}, in elements; of the caches as attention has them.
 // sizes: B, Hq, Hkv, T, D, R.
 extern "C" void quantkit_kv4_append(const void* query, const void* key, const void* value,
                                     const void* cos, const void* sin, int is_float,
@@ -474,7 +480,7 @@ extern "C" void quantkit_kv4_append(const void* query, const void* key, const vo
                                     void* out, const int64_t* sizes, int threads) {
     const int64_t heads = sizes[1], kv_heads = sizes[2], tokens = sizes[3], dim = sizes[4], turned = sizes[5];
     const int64_t *qs = strides, *ks = strides + 3, *vs = strides + 6, *cs = strides + 9, *ss = strides + 11;
-    const int64_t *kc = strides + 13, *vc = strides + 16;
+    const Vectors keys_cache(key_cache, strides + 13, float8 != 0), values_cache(value_cache, strides + 18, float8 != 0);
     const int64_t all = heads + 2 * kv_heads, count = sizes[0] * tokens * all;
     if (count * dim < (1 << 14)) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -486,8 +492,8 @@ extern "C" void quantkit_kv4_append(const void* query, const void* key, const vo
             const int64_t start = b * vs[0] + h * vs[1] + t * vs[2];
             for (int64_t k = 0; k < dim; k += 16)
                 _mm512_storeu_ps(values + k, load(value, is_float != 0, start + k, left(k, dim)));
-            pack_vector(values, dim, nullptr, float8 != 0,
-                        value_cache + b * vc[0] + h * vc[1] + positions[t] * vc[2]);
+            pack_vector(values, dim, nullptr, float8 != 0, values_cache.at(b, h, positions[t]),
+                        values_cache.scale_at(b, h, positions[t]));
             continue;
         }
         const int64_t* at = j < heads ? qs : ks;
@@ -499,22 +505,23 @@ extern "C" void quantkit_kv4_append(const void* query, const void* key, const vo
                 store(out, is_float != 0, place + k, left(k, dim), _mm512_loadu_ps(values + k));
         } else {
             pack_vector(values, dim, factor == nullptr ? nullptr : factor + h * dim, float8 != 0,
-                        key_cache + b * kc[0] + h * kc[1] + positions[t] * kc[2]);
+                        keys_cache.at(b, h, positions[t]), keys_cache.scale_at(b, h, positions[t]));
         }
     }
 }
 
-// Vectors [A, B, C] with strides in bytes -> contiguous bf16 or float32 [A, B, C, D].
+// Vectors [A, B, C], strides as attention has them -> contiguous bf16 or float32 [A, B, C, D].
 extern "C" void quantkit_kv4_dequantize(const uint8_t* packed, const int64_t* strides,
                                         const int64_t* sizes, int float8, void* out, int is_float,
                                         int threads) {
     const int64_t dim = sizes[3], half = dim / 2, count = sizes[0] * sizes[1] * sizes[2];
-    const Vectors vectors{packed, strides[0], strides[1], strides[2], half, float8 != 0};
+    const Vectors vectors(packed, strides, float8 != 0);
     if (count * dim < (1 << 14)) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < count; ++i) {
-        const uint8_t* vector = vectors.at(i / sizes[2] / sizes[1], i / sizes[2] % sizes[1], i % sizes[2]);
-        const __m512 scale = _mm512_set1_ps(vectors.scale(vector)), table = code_table();
+        const int64_t s = i % sizes[2], h = i / sizes[2] % sizes[1], b = i / sizes[2] / sizes[1];
+        const uint8_t* vector = vectors.at(b, h, s);
+        const __m512 scale = _mm512_set1_ps(vectors.scale(vectors.scale_at(b, h, s))), table = code_table();
         for (int64_t k = 0; k < half; k += 16) {
             const __mmask16 mask = left(k, half);
             __m512 low, high;

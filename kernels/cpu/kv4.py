@@ -46,6 +46,7 @@ def append(
     value_cache: torch.Tensor,
     positions: torch.Tensor,
     factor: torch.Tensor | None,
+    planar: bool,
 ) -> torch.Tensor | None:
     """`kv4_append`; None where it cannot be had."""
     library = native.library()
@@ -63,7 +64,7 @@ def append(
     strides = [stride for t in inputs[:3] for stride in t.stride()[:3]]
     for turn in inputs[3:]:
         strides += [turn.stride(0) if turn.shape[0] > 1 else 0, turn.stride(1)]
-    strides += [*key_cache.stride()[:3], *value_cache.stride()[:3]]
+    strides += [*_strides(key_cache, dim, planar), *_strides(value_cache, dim, planar)]
     out = torch.empty(query.shape, dtype=query.dtype)
     library.quantkit_kv4_append(
         *(t.data_ptr() for t in inputs),
@@ -90,7 +91,7 @@ def dequantize(packed: torch.Tensor, head_dim: int, dtype: torch.dtype) -> torch
     library.quantkit_kv4_dequantize(
         *(
             packed.data_ptr(),
-            _sizes(packed.stride()),
+            _sizes(_strides(packed, head_dim, False)),
             _sizes(out.shape),
             _is_float8(packed, head_dim),
         ),
@@ -127,11 +128,13 @@ def attention(
     is_causal: bool,
     post_scale: torch.Tensor | None,
     quantize_query: bool,
+    there: int | None = None,
+    planar: bool = False,
 ) -> torch.Tensor | None:
-    """`kv4_attention` for few queries, with float32 sums; None where it cannot be had or is not faster."""
+    """`kv4_attention` for few queries over the first `there` keys; None where it cannot be had or is not faster."""
     library = native.library()
     batch, heads, tokens, dim = query.shape
-    kv_heads, length = key.shape[1:3]
+    kv_heads, length = key.shape[1], key.shape[2] if there is None else there
     if (
         library is None
         or query.dtype not in _DTYPES
@@ -148,13 +151,14 @@ def attention(
     if mask is not None:
         is_causal = False
         mask = mask if mask.dtype == torch.bool else mask.float()
-        mask = mask.expand(batch, heads, tokens, length)
+        mask = mask[..., :length].expand(batch, heads, tokens, length)
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
         strides = mask.stride()[:3]
     out = torch.empty(query.shape, dtype=query.dtype)
     failed = library.quantkit_kv4_attention(
         *(query.data_ptr(), query.dtype == torch.float32, _sizes(query.stride())),
-        *(key.data_ptr(), _sizes(key.stride()), value.data_ptr(), _sizes(value.stride())),
+        *(key.data_ptr(), _sizes(_strides(key, dim, planar))),
+        *(value.data_ptr(), _sizes(_strides(value, dim, planar))),
         *(_is_float8(key, dim), None if scales is None else scales.data_ptr(), quantize_query),
         None if mask is None else mask.data_ptr(),
         *(mask is not None and mask.dtype == torch.bool, _sizes(strides), scaling, is_causal),
@@ -169,6 +173,15 @@ def attention(
 def _is_float8(packed: torch.Tensor, head_dim: int) -> bool:
     """Whether the scale is e4m3, told by its size."""
     return packed.shape[-1] - head_dim // 2 == 1
+
+
+def _strides(packed: torch.Tensor, head_dim: int, planar: bool) -> tuple[int, ...]:
+    """Bytes to the next batch row, head and token; where a head's first scale is, and those to the next."""
+    batch, head, token = packed.stride()[:3]
+    half = head_dim // 2
+    if planar:
+        return batch, head, half, packed.shape[2] * half, packed.shape[3] - half
+    return batch, head, token, half, token
 
 
 def _sizes(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:

@@ -50,12 +50,15 @@ def quantkit_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    length: torch.Tensor | None = None,
+    planar: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: [B, H, T, D] in, [B, T, H, D] out.
 
     Keys and values come packed from our cache, or in 16 bits when there is none: both take the same
-    rounding, so a forward over a whole text and a decode through the cache agree.
+    rounding, so a forward over a whole text and a decode through the cache agree. `length` and `planar`
+    are those of `kv4_attention`; only `PackedAttention` gives them.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -76,7 +79,7 @@ def quantkit_attention(
     if key.dtype != torch.uint8:
         key, value = quantizer.pack(key, value)
     tokens = query.shape[2]
-    if attention_mask is None and 1 < tokens < key.shape[2]:
+    if length is None and attention_mask is None and 1 < tokens < key.shape[2]:
         # The first tokens of a static cache: transformers leaves out the mask, the rest is empty.
         key, value = key[:, :, :tokens], value[:, :, :tokens]
     output = kv4_attention(
@@ -88,6 +91,8 @@ def quantkit_attention(
         attention_mask is None and tokens > 1,
         quantizer.post_scale,
         quantizer.form.query == "fp8",
+        length,
+        planar=planar,
     )
     return output.transpose(1, 2).contiguous(), None
 
@@ -132,7 +137,10 @@ class PackedAttention(nn.Module):
             for part in shared(hidden_states).split(shared.sizes, dim=-1)
         )
         query, keys, values = layer.append(query, key, value, *position_embeddings)
-        attended, _ = quantkit_attention(self, query, keys, values, attention_mask, self.scaling)
+        attended, _ = quantkit_attention(
+            self, query, keys, values, attention_mask, self.scaling,
+            length=getattr(layer, "length", None), planar=getattr(layer, "planar", False),
+        )  # fmt: skip
         return self.o_proj(attended.reshape(*shape, -1)), None  # type: ignore[operator]
 
 

@@ -23,8 +23,9 @@ from transformers.cache_utils import (
 
 from quantkit.errors import QuantkitError
 from quantkit.kernels.kv4_append import kv4_append
-from quantkit.runtime.attention import KVQuantizer
+from quantkit.runtime.attention import KVQuantizer, PackedAttention
 
+_ALIGNED = 16  # tokens whose scales of one byte fill what a GPU reads at once
 _LEAST_ROOM = 64  # tokens that a growing layer begins with
 
 
@@ -110,9 +111,32 @@ class PackedSlidingWindowLayer(_Packed, DynamicSlidingWindowLayer):
 
 
 class PackedStaticLayer(_Packed, StaticLayer):
-    def __init__(self, quantizer: KVQuantizer, max_cache_len: int) -> None:
+    """A layer of a fixed size.
+
+    Args:
+        quantizer: of the attention layer.
+        max_cache_len: in tokens; rounded up where planar, so that every head's bytes are aligned.
+        planar: codes and scales lie apart (see `kernels.kv4.planes`), which only `append` knows to write
+            and `PackedAttention` to read.
+    """
+
+    def __init__(self, quantizer: KVQuantizer, max_cache_len: int, planar: bool = False) -> None:
+        if planar:
+            max_cache_len = -(-max_cache_len // _ALIGNED) * _ALIGNED
         super().__init__(max_cache_len=max_cache_len)
-        self.quantizer = quantizer
+        self.quantizer, self.planar = quantizer, planar
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.planar:
+            raise RuntimeError("this cache belongs to a model whose attention appends to it itself")
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    @property
+    def length(self) -> torch.Tensor:
+        """int64, one number: the tokens that are there."""
+        return self.cumulative_length
 
     def append(
         self,
@@ -131,7 +155,9 @@ class PackedStaticLayer(_Packed, StaticLayer):
         positions = torch.arange(tokens, device=key.device) + self.cumulative_length
         self.cumulative_length.add_(tokens)
         factor = self.quantizer.post_scale
-        query = kv4_append(query, key, value, cos, sin, self.keys, self.values, positions, factor)
+        query = kv4_append(
+            query, key, value, cos, sin, self.keys, self.values, positions, factor, self.planar
+        )
         return query, self.keys, self.values
 
 
@@ -148,7 +174,11 @@ def _writable(buffer: torch.Tensor) -> bool:
 
 def quantizers(model: nn.Module) -> list[KVQuantizer]:
     """The model's KV quantizers in the order of its layers."""
-    return [m for m in model.modules() if isinstance(m, KVQuantizer)]
+    return [attention.kv_quantizer for attention in _attentions(model)]
+
+
+def _attentions(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(getattr(m, "kv_quantizer", None), KVQuantizer)]
 
 
 def packed_cache(model: Any, max_length: int | None = None) -> Cache:
@@ -161,12 +191,13 @@ def packed_cache(model: Any, max_length: int | None = None) -> Cache:
     config = model.config.get_text_config(decoder=True)
     static = max_length is not None
     cache = StaticCache(config, max_cache_len=max_length) if static else DynamicCache(config=config)
-    for number, (layer, quantizer) in enumerate(zip(cache.layers, quantizers(model), strict=True)):
-        cache.layers[number] = _packed_layer(number, layer, quantizer)
+    for number, (layer, attention) in enumerate(zip(cache.layers, _attentions(model), strict=True)):
+        planar = isinstance(attention, PackedAttention)
+        cache.layers[number] = _packed_layer(number, layer, attention.kv_quantizer, planar)
     return cache
 
 
-def _packed_layer(number: int, layer: Any, quantizer: KVQuantizer) -> Any:
+def _packed_layer(number: int, layer: Any, quantizer: KVQuantizer, planar: bool) -> Any:
     if type(layer) is DynamicSlidingWindowLayer:
         return PackedSlidingWindowLayer(quantizer, layer.sliding_window)
     if type(layer) is DynamicLayer:
@@ -175,7 +206,7 @@ def _packed_layer(number: int, layer: Any, quantizer: KVQuantizer) -> Any:
         # transformers already took the smaller of the window and the length.
         return PackedStaticSlidingWindowLayer(quantizer, layer.max_cache_len, layer.max_cache_len)
     if type(layer) is StaticLayer:
-        return PackedStaticLayer(quantizer, layer.max_cache_len)
+        return PackedStaticLayer(quantizer, layer.max_cache_len, planar)
     raise QuantkitError(
         f"layer {number}: no packed form of {type(layer).__name__}; quantize without kv_cache"
     )

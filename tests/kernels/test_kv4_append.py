@@ -1,6 +1,6 @@
 import pytest
 import torch
-from quantkit.kernels.kv4 import kv4_quantize
+from quantkit.kernels.kv4 import kv4_quantize, planes
 from quantkit.kernels.kv4_append import kv4_append
 
 # batch, query heads, KV heads, tokens, head_dim, turned elements
@@ -100,3 +100,24 @@ def test_shapes_that_do_not_fit(index, wrong, said) -> None:
     inputs[index] = wrong
     with pytest.raises(ValueError, match=said):
         kv4_append(*inputs)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("extra", [1, 2])
+def test_planar_holds_the_same_vectors(extra) -> None:
+    inputs = _inputs((2, 4, 2, 3, 64, 64), torch.bfloat16, extra, length=16)
+    again = [t.clone() for t in inputs]
+    kv4_append(*inputs, None, True)
+    kv4_append.reference(*again)
+    positions = inputs[7]
+    for planar, plain in zip(inputs[5:7], again[5:7], strict=True):
+        codes, scales = planes(planar, 64, True)
+        assert torch.equal(codes[:, :, positions], plain[:, :, positions, :32])
+        assert torch.equal(scales[:, :, positions], plain[:, :, positions, 32:])
+
+
+def test_a_planar_cache_must_be_whole() -> None:
+    inputs = list(_inputs((1, 2, 1, 1, 64, 64), torch.float32))
+    inputs[5] = inputs[5].new_zeros(1, 1, 20, 34)[:, :, :9]
+    with pytest.raises(ValueError, match="sliced"):
+        kv4_append(*inputs, None, True)

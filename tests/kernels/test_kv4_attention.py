@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from quantkit.kernels.kv4 import kv4_dequantize, kv4_quantize
+from quantkit.kernels.kv4 import kv4_dequantize, kv4_quantize, planes
 from quantkit.kernels.kv4_attention import kv4_attention
 
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 6e-3, torch.float16: 2e-3}
@@ -141,3 +141,57 @@ def test_bad_input() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             kv4_attention(*arguments)
+
+
+def _planar(cache, dim):
+    """The same vectors, codes first."""
+    out = torch.empty_like(cache)
+    codes, scales = planes(out, dim, True)
+    codes.copy_(cache[..., : dim // 2])
+    scales.copy_(cache[..., dim // 2 :])
+    return out
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("masked", ["none", "causal", "bool"])
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_a_static_cache(scale_dtype, masked, tokens, relative_error) -> None:
+    """Only the first `length` keys count, in either layout."""
+    query, key, value = _inputs((2, 4, 2, tokens, 64, 64), scale_dtype=scale_dtype)
+    length, mask = 47, None
+    if masked == "bool":
+        mask = torch.rand(2, 1, tokens, 64) < 0.7
+        mask[..., 0] = True
+    cut = None if mask is None else mask[..., :length]
+    wanted = _slow(
+        query, key[:, :, :length], value[:, :, :length], cut, 0.2, masked == "causal", None, False
+    )
+    for planar in (False, True):
+        k, v = (_planar(t, 64) if planar else t for t in (key, value))
+        out = kv4_attention(
+            query,
+            k,
+            v,
+            mask,
+            0.2,
+            masked == "causal",
+            None,
+            False,
+            torch.tensor([length]),
+            0,
+            planar,
+        )
+        assert relative_error(out, wanted) < 1e-4
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("tokens", "length"), [(1, 30), (7, 30), (30, 30)])
+@pytest.mark.parametrize("window", [1, 8, 30, 100])
+def test_a_sliding_window(window, tokens, length, relative_error) -> None:
+    query, key, value = _inputs((1, 4, 2, tokens, length, 64))
+    place = torch.arange(length) - (length - tokens + torch.arange(tokens))[:, None]
+    mask = ((place <= 0) & (place > -window))[None, None]
+    wanted = _slow(query, key, value, mask, 0.2, False, None, False)
+    out = kv4_attention(query, key, value, None, 0.2, True, None, False, None, window)
+    assert relative_error(out, wanted) < 1e-4
