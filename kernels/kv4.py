@@ -57,6 +57,20 @@ def _cpu_quantize(
     return _quantize(x, scale_dtype, factor) if found is None else found
 
 
+def _triton_quantize(
+    x: torch.Tensor, scale_dtype: str = "bfloat16", factor: torch.Tensor | None = None
+) -> torch.Tensor:
+    from .gpu import kv4_append as gpu
+
+    return gpu.quantize(x, SCALE_DTYPES[scale_dtype], factor)
+
+
+def _gpu_quantizes(
+    x: torch.Tensor, scale_dtype: str = "bfloat16", factor: torch.Tensor | None = None
+) -> bool:
+    return scale_dtype != "bfloat16" or x.shape[-1] % 4 == 0
+
+
 def _check_quantize(
     x: torch.Tensor, scale_dtype: str = "bfloat16", factor: torch.Tensor | None = None
 ) -> None:
@@ -99,6 +113,20 @@ def _cpu_dequantize(
 ) -> torch.Tensor:
     found = native.dequantize(packed, head_dim, dtype)
     return _dequantize(packed, head_dim, dtype) if found is None else found
+
+
+def _triton_dequantize(
+    packed: torch.Tensor, head_dim: int, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    from .gpu import kv4_expand as gpu
+
+    return gpu.expand(packed, head_dim, dtype)
+
+
+def _gpu_dequantizes(
+    packed: torch.Tensor, head_dim: int, dtype: torch.dtype = torch.bfloat16
+) -> bool:
+    return packed.dim() == 4 and packed.stride(3) == 1 and fits_gpu(packed, head_dim)
 
 
 def split(packed: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,6 +172,12 @@ def check_packed(packed: torch.Tensor, head_dim: int) -> None:
         )
 
 
+def fits_gpu(cache: torch.Tensor, head_dim: int) -> bool:
+    """Whether the scales of a cache can be read as numbers: those of two bytes lie at even addresses."""
+    odd = (head_dim // 2) % 2 or any(stride % 2 for stride in cache.stride()[:3])
+    return cache.shape[3] - head_dim // 2 == 1 or not (odd or cache.storage_offset() % 2)
+
+
 def check_planar(cache: torch.Tensor) -> None:
     """Raise ValueError unless a head's bytes lie together."""
     length, size = cache.shape[2:]
@@ -167,7 +201,13 @@ def _fake_dequantize(
 
 
 kv4_quantize = Op(
-    "kv4_quantize", _quantize, check=_check_quantize, fake=_fake_quantize, cpu=_cpu_quantize
+    "kv4_quantize",
+    _quantize,
+    check=_check_quantize,
+    fake=_fake_quantize,
+    cpu=_cpu_quantize,
+    triton=_triton_quantize,
+    triton_supports=_gpu_quantizes,
 )
 kv4_dequantize = Op(
     "kv4_dequantize",
@@ -175,4 +215,6 @@ kv4_dequantize = Op(
     check=_check_dequantize,
     fake=_fake_dequantize,
     cpu=_cpu_dequantize,
+    triton=_triton_dequantize,
+    triton_supports=_gpu_dequantizes,
 )

@@ -6,7 +6,7 @@ import torch
 
 from .cpu import kv4 as native
 from .dispatch import Op
-from .kv4 import check_packed, check_planar, kv4_quantize, planes, scale_dtype_of
+from .kv4 import check_packed, check_planar, fits_gpu, kv4_quantize, planes, scale_dtype_of
 
 
 def _reference(
@@ -78,6 +78,41 @@ def _cpu(
     return _reference(*arguments) if found is None else found
 
 
+def _triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    positions: torch.Tensor,
+    factor: torch.Tensor | None = None,
+    planar: bool = False,
+) -> torch.Tensor:
+    from .gpu import kv4_append as gpu
+
+    return gpu.append(
+        query, key, value, cos, sin, key_cache, value_cache, positions, factor, planar
+    )
+
+
+def _supports(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    positions: torch.Tensor,
+    factor: torch.Tensor | None = None,
+    planar: bool = False,
+) -> bool:
+    same = key_cache.stride() == value_cache.stride() and key_cache.stride(3) == 1
+    return same and all(fits_gpu(cache, key.shape[3]) for cache in (key_cache, value_cache))
+
+
 def _check(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -142,5 +177,7 @@ kv4_append = Op(
     check=_check,
     fake=_fake,
     cpu=_cpu,
+    triton=_triton,
+    triton_supports=_supports,
     mutates=("key_cache", "value_cache"),
 )

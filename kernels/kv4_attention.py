@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from .cpu import kv4 as native
 from .dispatch import Op
-from .kv4 import check_packed, check_planar, interleaved, kv4_dequantize
+from .kv4 import check_packed, check_planar, fits_gpu, interleaved, kv4_dequantize
 from .quantize_fp8 import quantize_fp8
 
 
@@ -165,6 +165,55 @@ def _cpu(
     return out.contiguous()
 
 
+def _triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    is_causal: bool,
+    post_scale: torch.Tensor | None = None,
+    quantize_query: bool = True,
+    length: torch.Tensor | None = None,
+    window: int = 0,
+    planar: bool = False,
+) -> torch.Tensor:
+    from .gpu import kv4_attention as gpu
+
+    return gpu.attention(
+        query,
+        key,
+        value,
+        mask,
+        scaling,
+        is_causal,
+        post_scale,
+        quantize_query,
+        length,
+        window,
+        planar,
+    )
+
+
+def _supports(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    is_causal: bool,
+    post_scale: torch.Tensor | None = None,
+    quantize_query: bool = True,
+    length: torch.Tensor | None = None,
+    window: int = 0,
+    planar: bool = False,
+) -> bool:
+    dim = query.shape[3]
+    fits = all(fits_gpu(cache, dim) for cache in (key, value))
+    same = key.shape == value.shape and key.stride() == value.stride()
+    return fits and same and dim % 4 == 0 and dim <= 256 and query.dtype != torch.float64
+
+
 def _check(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -217,4 +266,12 @@ def _fake(
     return query.new_empty(query.shape)
 
 
-kv4_attention = Op("kv4_attention", _reference, check=_check, fake=_fake, cpu=_cpu)
+kv4_attention = Op(
+    "kv4_attention",
+    _reference,
+    check=_check,
+    fake=_fake,
+    cpu=_cpu,
+    triton=_triton,
+    triton_supports=_supports,
+)

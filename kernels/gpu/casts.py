@@ -64,6 +64,22 @@ def to_e4m3_bits(x, BY_HAND: tl.constexpr):
 
 
 @triton.jit
+def round_to_e4m3(x):
+    """float32 within +-448 to the nearest e4m3 number, still as float32."""
+    bits = x.to(tl.uint32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < 0.015625, round_even(x * 512.0) * 0.001953125, normal)
+
+
+@triton.jit
+def from_e4m3_bits(code):
+    """The bits of e4m3 numbers that are not negative, as integers -> float32."""
+    # Seven bits of exponent and mantissa at a float32's place are the value times 2^-120.
+    value = (code.to(tl.uint32) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where(code == 0x7F, float("nan"), value)
+
+
+@triton.jit
 def round_to(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     """float32 -> `dtype`'s precision (bf16, fp16 or float32), still as float32."""
     if dtype == tl.float32:
