@@ -2,52 +2,75 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
+from .cpu import hadamard as native
 from .dispatch import Op
+from .hadamard_matrices import hadamard_matrix, split_order
+from .quantize_fp8 import LARGEST_ROW, row_fits
 
-# A larger block is applied as H_a (x) H_b with factors up to this size: two small matrix products
-# instead of one large one.
-_LARGEST_FACTOR = 128
-
-
-@lru_cache(maxsize=32)
-def sylvester(n: int, device: torch.device) -> torch.Tensor:
-    """The n x n Hadamard matrix of +-1 in Sylvester order, float32; n a power of two."""
-    matrix = torch.ones(1, 1, device=device)
-    while matrix.shape[0] < n:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix
+# A larger power of two is applied as H_a (x) H_b with factors up to this size: two small matrix
+# products instead of one large one.
+LARGEST_FACTOR = 128
 
 
-def _reference(x: torch.Tensor, block: int = 128) -> torch.Tensor:
+def _reference(x: torch.Tensor, block: int = 128, transpose: bool = False) -> torch.Tensor:
     """x [..., K] -> x @ blockdiag(H_block) / sqrt(block), in x's dtype, computed in float32.
 
-    H is symmetric in Sylvester order, so applying this twice is the identity. QuEST
-    (arXiv 2502.05003), section 3, uses blocks of 128.
+    H is `hadamard_matrices.hadamard_matrix(block)`: of a known order (1, 12, 20, 28, ...) times a power
+    of two. For a power of two it is symmetric (Sylvester), so that applying this twice is the
+    identity; else `transpose` (H^T in its place) is the inverse. QuEST (arXiv 2502.05003), section 3,
+    uses blocks of 128.
 
     Raises:
-        ValueError: block is not a power of two, or K is not a multiple of it.
+        ValueError: no Hadamard matrix of this order is known, or K is not a multiple of it.
     """
-    rotated = _rotate(x.float().reshape(-1, block), block)
-    return (rotated * block**-0.5).to(x.dtype).reshape(x.shape)
+    order, power = split_order(block) or (1, 1)
+    rows = _rotate(x.float().reshape(-1, power), power)
+    if order > 1:
+        matrix = hadamard_matrix(order, x.device)
+        matrix = matrix.t() if transpose else matrix
+        rows = (rows.view(-1, order, power).transpose(1, 2) @ matrix).transpose(1, 2)
+    return (rows * block**-0.5).reshape(x.shape).to(x.dtype)
 
 
 def _rotate(rows: torch.Tensor, block: int) -> torch.Tensor:
-    inner = min(block, _LARGEST_FACTOR)
+    inner = min(block, LARGEST_FACTOR)
     outer = block // inner
     if outer == 1:
-        return rows @ sylvester(block, rows.device)
+        return rows @ hadamard_matrix(block, rows.device)
     split = _rotate(rows.reshape(-1, inner), inner).reshape(-1, outer, inner)
     across = _rotate(split.transpose(1, 2).reshape(-1, outer), outer)
     return across.reshape(-1, inner, outer).transpose(1, 2).reshape(rows.shape)
 
 
-def check(x: torch.Tensor, block: int = 128) -> None:
-    if block < 1 or block & (block - 1):
-        raise ValueError(f"block must be a power of two, got {block}")
+def _cpu(x: torch.Tensor, block: int = 128, transpose: bool = False) -> torch.Tensor:
+    found = native.rotate(x, block)
+    return _reference(x, block, transpose) if found is None else found
+
+
+def _triton(x: torch.Tensor, block: int = 128, transpose: bool = False) -> torch.Tensor:
+    from .gpu import hadamard as gpu
+
+    return gpu.rotate(x, block, transpose)
+
+
+def fits_gpu(x: torch.Tensor, block: int) -> bool:
+    """Whether the Triton kernel takes this: powers of two, and half as large orders times 128 and more."""
+    order, power = split_order(block) or (1, 1)
+    known = order == 1 or (power % LARGEST_FACTOR == 0 and block <= LARGEST_ROW // 2)
+    return row_fits(x) and known
+
+
+def _supports(x: torch.Tensor, block: int = 128, transpose: bool = False) -> bool:
+    return fits_gpu(x, block)
+
+
+def check(x: torch.Tensor, block: int = 128, transpose: bool = False) -> None:
+    if split_order(block) is None:
+        raise ValueError(
+            f"block must be a power of two, or one times 12, 20, 28 or another known order, got {block}"
+        )
     if x.dim() == 0 or x.shape[-1] % block or not x.dtype.is_floating_point:
         raise ValueError(
             f"x must be floating point [..., K] with K a multiple of {block}, "
@@ -55,8 +78,16 @@ def check(x: torch.Tensor, block: int = 128) -> None:
         )
 
 
-def _fake(x: torch.Tensor, block: int = 128) -> torch.Tensor:
+def _fake(x: torch.Tensor, block: int = 128, transpose: bool = False) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-hadamard = Op("hadamard", _reference, check=check, fake=_fake, cpu=_reference)
+hadamard = Op(
+    "hadamard",
+    _reference,
+    check=check,
+    fake=_fake,
+    cpu=_cpu,
+    triton=_triton,
+    triton_supports=_supports,
+)

@@ -9,6 +9,7 @@ from .cpu import linear
 from .dispatch import Op
 from .hadamard import check as check_hadamard
 from .hadamard import hadamard
+from .hadamard_quantize import hadamard_quantize
 from .quantize_half import GAUSSIAN_CLIP, quantize_half
 
 
@@ -51,7 +52,7 @@ def _cpu(
     bits: int = 8,
     block: int = 128,
 ) -> torch.Tensor:
-    codes, step = quantize_half(hadamard(x.float(), block), bits)
+    codes, step = hadamard_quantize(x, "half", bits, block)
     fused = linear.int4(codes, weight, scale, step, bias, x.dtype, half=True)
     if fused is not None:
         return fused
@@ -72,9 +73,7 @@ def _triton(
 ) -> torch.Tensor:
     from .gpu.linear import int4
 
-    # Without a kernel of its own the rotation is one or two small products of torch's.
-    rotate = hadamard if hadamard.implementations["triton"] else hadamard.reference
-    codes, step = quantize_half(rotate(x.float(), block), bits)
+    codes, step = hadamard_quantize(x, "half", bits, block)
     return int4(
         "hadamard_int4_linear", codes, weight, scale, step, bias, x.dtype, half_integer=True
     )

@@ -18,20 +18,20 @@ from .casts import by_hand, divide, round_even, round_to, to_e4m3_bits
 
 PLAIN, NORM, GATE = 0, 1, 2
 FLOAT8, INTEGER, HALF_INTEGER = 0, 1, 2
-_FORMS = {"fp8": FLOAT8, "int8": INTEGER, "half": HALF_INTEGER}
+FORMS = {"fp8": FLOAT8, "int8": INTEGER, "half": HALF_INTEGER}
 
 
 @triton.jit
-def _encode(
+def encode(
     y, K, LEVELS, FACTOR, FORM: tl.constexpr, BY_HAND: tl.constexpr, INTERPRET: tl.constexpr
 ):
-    """float32 row [BLOCK] (zeros past K) -> (codes as uint8, scale)."""
+    """A row of K float32 numbers, of any shape, padded with zeros -> (codes as uint8, scale)."""
     if FORM == 2:
-        scale = tl.sqrt_rn(tl.sum(y * y, axis=0) / K) * FACTOR
+        scale = tl.sqrt_rn(tl.sum(y * y, axis=None) / K) * FACTOR
     else:
-        scale = tl.div_rn(tl.max(tl.abs(y), axis=0), LEVELS)
+        scale = tl.div_rn(tl.max(tl.abs(y), axis=None), LEVELS)
         # max passes over NaN; the reference's norm does not.
-        scale = tl.where(tl.max((y != y).to(tl.int32), axis=0) > 0, float("nan"), scale)
+        scale = tl.where(tl.max((y != y).to(tl.int32), axis=None) > 0, float("nan"), scale)
     scaled = divide(y, tl.where(scale > 0, scale, 1.0), INTERPRET)
     if FORM == 0:
         clamped = tl.where(scaled != scaled, scaled, tl.clamp(scaled, -448.0, 448.0))
@@ -78,7 +78,7 @@ def rows_kernel(
             other = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0)
             value = round_to(value + other.to(tl.float32), dtype, INTERPRET)
             tl.store(hidden_out + row * K + column, value.to(dtype), mask=inside)
-        rms = tl.rsqrt(tl.sum(value * value, axis=0) / K + EPS)
+        rms = tl.rsqrt(tl.sum(value * value, axis=None) / K + EPS)
         factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         value = round_to(factor * round_to(value * rms, dtype, INTERPRET), dtype, INTERPRET)
         tl.store(y_out + row * K + column, value.to(dtype), mask=inside)
@@ -86,7 +86,7 @@ def rows_kernel(
         up = tl.load(x + at + K, mask=inside, other=0.0).to(tl.float32)
         gate = round_to(value / (1.0 + tl.exp(-value)), dtype, INTERPRET)
         value = round_to(gate * up, dtype, INTERPRET)
-    encoded, scale = _encode(value, K, LEVELS, FACTOR, FORM, BY_HAND, INTERPRET)
+    encoded, scale = encode(value, K, LEVELS, FACTOR, FORM, BY_HAND, INTERPRET)
     tl.store(codes + row * K + column, encoded, mask=inside)
     tl.store(scales + row, scale)
 
@@ -101,7 +101,7 @@ def quantize(
         levels: the largest code: 448, 2^(bits-1) - 1, or for the half-integer grid 2^(bits-1).
         factor: step / rms, for the half-integer grid.
     """
-    codes, scale = _outputs(x.shape, form, x.device)
+    codes, scale = outputs(x.shape, form, x.device)
     _launch(PLAIN, x, form, levels, factor, codes, scale)
     return codes, scale
 
@@ -116,7 +116,7 @@ def norm(
     factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `rmsnorm_quantize`."""
-    codes, scale = _outputs(x.shape, form, x.device)
+    codes, scale = outputs(x.shape, form, x.device)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     hidden = torch.empty_like(y) if residual is not None else x.new_empty(0)
     _launch(NORM, x, form, levels, factor, codes, scale, weight, eps, residual, y, hidden)
@@ -128,14 +128,15 @@ def gate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op `silu_mul_quantize`."""
     shape = torch.Size((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
-    codes, scale = _outputs(shape, form, gate_up.device)
+    codes, scale = outputs(shape, form, gate_up.device)
     _launch(GATE, gate_up, form, levels, factor, codes, scale)
     return codes, scale
 
 
-def _outputs(
+def outputs(
     shape: torch.Size, form: str, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty codes of this shape and scales [..., 1]."""
     dtype = torch.float8_e4m3fn if form == "fp8" else torch.int8
     codes = torch.empty(shape, dtype=dtype, device=device)
     return codes, torch.empty((*shape[:-1], 1), dtype=torch.float32, device=device)
@@ -181,7 +182,7 @@ def _launch(
         float(factor),
         BEFORE=before,
         RESIDUAL=residual is not None,
-        FORM=_FORMS[form],
+        FORM=FORMS[form],
         BLOCK=block,
         BY_HAND=by_hand(x.device),
         INTERPRET=interpreting(),
@@ -200,7 +201,7 @@ _POINTERS = ("x", "weight", "residual", "y_out", "hidden_out")
 def builds() -> Iterator[Build]:
     """Every prologue and form at the row sizes of an 8B model."""
     for before, name in ((PLAIN, "quantize"), (NORM, "rmsnorm"), (GATE, "silu_mul")):
-        for form, code in _FORMS.items():
+        for form, code in FORMS.items():
             for k in (4096, 14336):
                 block = triton.next_power_of_2(k)
                 signature = dict.fromkeys(_POINTERS, "*bf16") | {

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from quantkit.kernels.hadamard import hadamard
+from quantkit.kernels.hadamard_matrices import hadamard_matrix
 
 
 def _slow(x: torch.Tensor, block: int) -> torch.Tensor:
@@ -62,5 +63,17 @@ def test_opcheck() -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"multiple of 128.*\(2, 192\)"):
         hadamard(torch.zeros(2, 192))
-    with pytest.raises(ValueError, match="power of two, got 96"):
-        hadamard(torch.zeros(2, 192), 96)
+    with pytest.raises(ValueError, match=r"power of two, .* got 92"):
+        hadamard(torch.zeros(2, 184), 92)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("block", [12, 96, 1536, 3584])
+def test_known_orders(block: int, relative_error) -> None:
+    x = torch.randn(3, 2 * block)
+    matrix = hadamard_matrix(block, torch.device("cpu")).double()
+    assert torch.equal(matrix @ matrix.t(), block * torch.eye(block, dtype=torch.float64))
+    y = hadamard(x, block)
+    expected = (x.double().view(-1, block) @ matrix / block**0.5).view(x.shape)
+    assert relative_error(y, expected) < 1e-6
+    assert relative_error(hadamard(y, block, transpose=True), x) < 1e-6
