@@ -26,6 +26,7 @@
 #include <cstring>
 
 #include "tiles.hpp"
+#include "unroll.hpp"
 
 namespace {
 
@@ -147,6 +148,11 @@ void expand_group(const uint8_t* bytes, int64_t inputs, __m512i table, bf16* til
     }
 }
 
+// sums += pairs of bf16. Not the intrinsic: GCC 12 copies its sums about.
+inline void add_products(__m512& sums, __m512i a, __m512i b) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+}
+
 struct Problem {
     const void* x;
     int64_t row_bytes;
@@ -192,34 +198,31 @@ void few_rows(const Problem& p, const bf16* rows, int64_t block) {
     std::memset(total, 0, sizeof(total));
     for (int64_t g = 0; g < p.k / p.group; ++g) {
         __m512 sums[M][4];
-        for (auto& row : sums)
-            for (auto& sum : row) sum = _mm512_setzero_ps();
+        pairs<M, 4>([&](auto r, auto j) QUANTKIT_INLINE { sums[r][j] = _mm512_setzero_ps(); });
         for (int64_t k = g * p.group; k < (g + 1) * p.group; k += 2) {
             __m512i w[4];
             _mm_prefetch(reinterpret_cast<const char*>(bytes + k * 32 + 2048), _MM_HINT_T0);
             expand_pair(bytes + k * 32, table, w[0], w[2]);
             expand_pair(bytes + k * 32 + 16, table, w[1], w[3]);
-            for (int r = 0; r < M; ++r) {
+            each<M>([&](auto r) QUANTKIT_INLINE {
                 uint32_t pair;
                 std::memcpy(&pair, rows + r * p.k + k, 4);
                 const __m512i x = _mm512_set1_epi32(static_cast<int>(pair));
-                for (int j = 0; j < 4; ++j)
-                    sums[r][j] = _mm512_dpbf16_ps(sums[r][j], reinterpret_cast<__m512bh>(w[j]),
-                                                  reinterpret_cast<__m512bh>(x));
-            }
+                each<4>([&](auto j) QUANTKIT_INLINE { add_products(sums[r][j], w[j], x); });
+            });
         }
-        for (int j = 0; j < 4; ++j) {
+        each<4>([&](auto j) QUANTKIT_INLINE {
             const __m512 scale = load_scales(p, g, column + 16 * j);
-            for (int r = 0; r < M; ++r) {
+            each<M>([&](auto r) QUANTKIT_INLINE {
                 float* at = total[r] + 16 * j;
                 _mm512_store_ps(at, _mm512_fmadd_ps(sums[r][j], scale, _mm512_load_ps(at)));
-            }
-        }
+            });
+        });
     }
     for (int r = 0; r < M; ++r) write_row(p, r, column, total[r]);
 }
 
-// A group's product of one panel by AMX tiles, or by AVX-512-BF16: sums [16][64].
+// A group's product of one panel by AMX tiles: sums [16][64].
 QUANTKIT_AMX inline void panel_amx(
     const bf16* panel, const bf16* next, const bf16* tiles, int64_t steps, float* sums) {
     _tile_zero(0);
@@ -246,29 +249,53 @@ QUANTKIT_AMX inline void panel_amx(
     _tile_stored(3, sums + 48, 256);
 }
 
-inline void panel_avx512(const bf16* panel, const bf16* tiles, int64_t steps, int64_t rows,
-                         float* sums) {
-    for (int64_t r = 0; r < rows; r += 4) {
-        __m512 acc[4][4];
-        for (auto& row : acc)
-            for (auto& sum : row) sum = _mm512_setzero_ps();
-        for (int64_t s = 0; s < steps; ++s) {
-            for (int64_t pair = 0; pair < 16; ++pair) {
-                const bf16* b = tiles + s * 4 * 512 + pair * 32;
-                __m512i w[4];
-                for (int j = 0; j < 4; ++j) w[j] = _mm512_load_si512(b + j * 512);
-                for (int i = 0; i < 4; ++i) {
-                    uint32_t values;
-                    std::memcpy(&values, panel + (s * kPanel + r + i) * kStep + pair * 2, 4);
-                    const __m512i x = _mm512_set1_epi32(static_cast<int>(values));
-                    for (int j = 0; j < 4; ++j)
-                        acc[i][j] = _mm512_dpbf16_ps(acc[i][j], reinterpret_cast<__m512bh>(w[j]),
-                                                     reinterpret_cast<__m512bh>(x));
-                }
-            }
+// total [M, 64] = or += scale * a group's product of M rows of a panel. Not inlined: what its caller
+// keeps in registers would push the sums out of them.
+template <int M>
+__attribute__((noinline)) void rows_avx512(const bf16* panel, const bf16* tiles, int64_t steps,
+                                           const __m512* scale, bool first, float* total) {
+    __m512 acc[M][4];
+    pairs<M, 4>([&](auto i, auto j) QUANTKIT_INLINE { acc[i][j] = _mm512_setzero_ps(); });
+    for (int64_t s = 0; s < steps; ++s) {
+        for (int64_t pair = 0; pair < 16; ++pair) {
+            const bf16* b = tiles + s * 4 * 512 + pair * 32;
+            __m512i w[4];
+            each<4>([&](auto j) QUANTKIT_INLINE { w[j] = _mm512_load_si512(b + j * 512); });
+            each<M>([&](auto i) QUANTKIT_INLINE {
+                uint32_t values;
+                std::memcpy(&values, panel + (s * kPanel + i) * kStep + pair * 2, 4);
+                const __m512i x = _mm512_set1_epi32(static_cast<int>(values));
+                each<4>([&](auto j) QUANTKIT_INLINE { add_products(acc[i][j], w[j], x); });
+            });
         }
-        for (int i = 0; i < 4; ++i)
-            for (int j = 0; j < 4; ++j) _mm512_store_ps(sums + (r + i) * kBlock + 16 * j, acc[i][j]);
+    }
+    pairs<M, 4>([&](auto i, auto j) QUANTKIT_INLINE {
+        float* at = total + i * kBlock + 16 * j;
+        const __m512 old = first ? _mm512_setzero_ps() : _mm512_load_ps(at);
+        _mm512_store_ps(at, _mm512_fmadd_ps(acc[i][j], scale[j], old));
+    });
+}
+
+void panel_avx512(const bf16* panel, const bf16* tiles, int64_t steps, int64_t rows,
+                  const __m512* scale, bool first, float* total) {
+    for (int64_t r = 0; r < rows;) {
+        const int64_t left = rows - r;
+        const bf16* at = panel + r * kStep;
+        float* into = total + r * kBlock;
+        // 16 rows are 6 + 5 + 5.
+        if (left == 16 || left == 6) {
+            rows_avx512<6>(at, tiles, steps, scale, first, into), r += 6;
+        } else if (left > 4) {
+            rows_avx512<5>(at, tiles, steps, scale, first, into), r += 5;
+        } else {
+            switch (left) {
+                case 1: rows_avx512<1>(at, tiles, steps, scale, first, into); break;
+                case 2: rows_avx512<2>(at, tiles, steps, scale, first, into); break;
+                case 3: rows_avx512<3>(at, tiles, steps, scale, first, into); break;
+                default: rows_avx512<4>(at, tiles, steps, scale, first, into);
+            }
+            r = rows;
+        }
     }
 }
 
@@ -310,16 +337,17 @@ void block_of_chunk(const Problem& p, const bf16* panels, int64_t first_row, int
         };
         for (int64_t c = 0; c < count; ++c) {
             const bf16* panel = panels + c * kPanel * p.k + g * steps * kPanel * kStep;
-            float* sums = buffers + (c & 1) * kPanel * kBlock;
-            if (amx) {
-                panel_amx(panel, panel + kPanel * p.k, tiles, steps, sums);
-            } else {
-                panel_avx512(panel, tiles, steps, in_panel(c, rows), sums);
+            if (!amx) {
+                panel_avx512(panel, tiles, steps, in_panel(c, rows), scale, g == 0,
+                             total + c * kPanel * kBlock);
+                continue;
             }
+            float* sums = buffers + (c & 1) * kPanel * kBlock;
+            panel_amx(panel, panel + kPanel * p.k, tiles, steps, sums);
             // One panel behind: sums just stored by tiles are slow to read back.
             if (c) add_scaled(c - 1);
         }
-        add_scaled(count - 1);
+        if (amx) add_scaled(count - 1);
     }
     if (last < groups) return;
     for (int64_t r = 0; r < rows; ++r) write_row(p, first_row + r, column, total + r * kBlock);
@@ -396,11 +424,12 @@ bool many(const Problem& p, int threads, bool amx) {
 
 extern "C" {
 
-// 0: this processor cannot run the file; 1: AVX-512-BF16; 2: AMX too.
+// 0: this processor cannot run the file; 1: AVX-512 with BF16 and VNNI; 2: AMX too.
 int quantkit_level() {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512bf16"))
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512bf16") ||
+        !__builtin_cpu_supports("avx512vnni"))
         return 0;
     uint32_t a = 7, b, c = 0, d;
     __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));

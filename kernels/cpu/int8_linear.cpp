@@ -1,4 +1,5 @@
-// INT8 weights times INT8 activations on x86 CPUs with AMX: exact int32 sums, one epilogue.
+// INT8 weights times INT8 activations on x86 CPUs with AMX: exact int32 sums, one epilogue. Without
+// AMX: int8_vnni.cpp.
 //
 // The weight [N, K] is used as it is stored: 16 of its rows by 64 inputs are the tile A. The activations
 // are the tile B, [64 / 4 quads][16 rows of x][4], packed once per call. So the sums come out transposed,
@@ -15,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "int8_linear.hpp"
 #include "tiles.hpp"
 
 namespace {
@@ -25,20 +27,8 @@ constexpr int64_t kPair = 32;    // outputs, and rows of x, that four tiles of s
 constexpr int64_t kChunk = 256;  // rows of x that stay in the L2 cache while the weight passes
 constexpr int64_t kSlab = 1024;  // inputs of a pair of weight tiles that stay in the L1 cache
 
-struct Problem {
-    const int8_t* x;
-    int64_t stride;
-    const int8_t* weight;
-    const float* scale;      // [N]
-    const float* row_scale;  // [M]
-    const float* bias;       // [N] or null
-    void* out;
-    bool out_float;
-    int64_t m, n, k;
-};
-
 // Rows [first, first + 16) of x -> [K / 64][16 quads][16 rows][4]; rows past the end are zeros.
-void pack_panel(const Problem& p, int64_t first, int8_t* panel) {
+void pack_panel(const Int8Problem& p, int64_t first, int8_t* panel) {
     for (int64_t r = 0; r < kTile; ++r) {
         const bool there = first + r < p.m;
         const int8_t* row = p.x + (first + r) * p.stride;
@@ -106,54 +96,16 @@ QUANTKIT_AMX void pair_of_panels(const int8_t* weight, int64_t k, const int8_t* 
     _tile_stored(3, sums + 768, 64);
 }
 
-// [16 outputs][16 rows of x] -> rows of 16 outputs.
-inline void turn(const int32_t* sums, __m512 rows[16]) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(sums + 16 * i);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        rows[i] = _mm512_cvtepi32_ps(_mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-        rows[i + 8] = _mm512_cvtepi32_ps(_mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-        rows[i + 4] = _mm512_cvtepi32_ps(_mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
-        rows[i + 12] = _mm512_cvtepi32_ps(_mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
-    }
-}
-
-void write_tile(const Problem& p, const int32_t* sums, int64_t row, int64_t output) {
-    __m512 values[16];
-    turn(sums, values);
+void write_tile(const Int8Problem& p, const int32_t* sums, int64_t row, int64_t output) {
+    __m512i turned[16];
+    for (int i = 0; i < 16; ++i) turned[i] = _mm512_loadu_si512(sums + 16 * i);
+    turn(turned);  // [16 outputs][16 rows of x] -> rows of 16 outputs
     const __m512 scale = _mm512_loadu_ps(p.scale + output);
-    for (int64_t r = 0; r < kTile && row + r < p.m; ++r) {
-        __m512 y = _mm512_mul_ps(values[r], _mm512_set1_ps(p.row_scale[row + r]));
-        y = _mm512_mul_ps(y, scale);
-        if (p.bias) y = _mm512_add_ps(y, _mm512_loadu_ps(p.bias + output));
-        const int64_t at = (row + r) * p.n + output;
-        if (p.out_float) {
-            _mm512_storeu_ps(static_cast<float*>(p.out) + at, y);
-        } else {
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(p.out) + at),
-                                reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(y)));
-        }
-    }
+    for (int64_t r = 0; r < kTile && row + r < p.m; ++r) write_sums(p, _mm512_cvtepi32_ps(turned[r]), scale, row + r, output);
 }
 
 // 32 outputs for a chunk of packed panels.
-void chunk(const Problem& p, const int8_t* panels, int64_t first, int64_t rows, int64_t output,
+void chunk(const Int8Problem& p, const int8_t* panels, int64_t first, int64_t rows, int64_t output,
            int32_t* sums) {
     const int8_t* weight = p.weight + output * p.k;
     for (int64_t from = 0; from < p.k; from += kSlab) {
@@ -168,17 +120,10 @@ void chunk(const Problem& p, const int8_t* panels, int64_t first, int64_t rows, 
         }
 }
 
-}  // namespace
-
-// y = row_scale * scale * (x @ weight^T) + bias. N a multiple of 64, K of 64. 0, or 1: memory ran out.
-extern "C" int quantkit_int8_linear(const void* x, int64_t stride, const void* weight, const float* scale,
-                                    const float* row_scale, const float* bias, void* out,
-                                    int out_float, int64_t m, int64_t n, int64_t k, int threads) {
-    const Problem p{static_cast<const int8_t*>(x), stride, static_cast<const int8_t*>(weight),
-                    scale, row_scale, bias, out, out_float != 0, m, n, k};
+bool int8_tiles(const Int8Problem& p, int threads) {
     // Pairs of panels are read together, so an odd last one gets a partner of zeros.
-    const int64_t panels = m <= kTile ? 1 : (m + kPair - 1) / kPair * 2;
-    int8_t* packed = scratch<int8_t>(panels * kTile * k);
+    const int64_t panels = p.m <= kTile ? 1 : (p.m + kPair - 1) / kPair * 2;
+    int8_t* packed = scratch<int8_t>(panels * kTile * p.k);
     int32_t* sums = scratch<int32_t>(threads * kChunk * kPair);
     const bool complete = packed && sums;
 #pragma omp parallel num_threads(threads) if (complete)
@@ -187,25 +132,38 @@ extern "C" int quantkit_int8_linear(const void* x, int64_t stride, const void* w
         configure_tiles();
 #pragma omp for schedule(static)
         for (int64_t panel = 0; panel < (complete ? panels : 0); ++panel)
-            pack_panel(p, panel * kTile, packed + panel * kTile * k);
+            pack_panel(p, panel * kTile, packed + panel * kTile * p.k);
         if (panels == 1) {
 #pragma omp for schedule(static)
-            for (int64_t output = 0; output < (complete ? n : 0); output += 4 * kTile) {
-                one_panel(p.weight + output * k, k, packed, mine);
+            for (int64_t output = 0; output < (complete ? p.n : 0); output += 4 * kTile) {
+                one_panel(p.weight + output * p.k, p.k, packed, mine);
                 for (int64_t tile = 0; tile < 4; ++tile)
                     write_tile(p, mine + tile * 256, 0, output + tile * kTile);
             }
         } else {
-            for (int64_t first = 0; first < (complete ? m : 0); first += kChunk) {
-                const int64_t rows = m - first < kChunk ? m - first : kChunk;
+            for (int64_t first = 0; first < (complete ? p.m : 0); first += kChunk) {
+                const int64_t rows = p.m - first < kChunk ? p.m - first : kChunk;
 #pragma omp for schedule(static) nowait
-                for (int64_t output = 0; output < n; output += kPair)
-                    chunk(p, packed + first * k, first, rows, output, mine);
+                for (int64_t output = 0; output < p.n; output += kPair)
+                    chunk(p, packed + first * p.k, first, rows, output, mine);
             }
         }
         release_tiles();
     }
     std::free(packed);
     std::free(sums);
-    return complete ? 0 : 1;
+    return complete;
+}
+
+}  // namespace
+
+// y = row_scale * scale * (x @ weight^T) + bias. N a multiple of 64, K of 64; level as quantkit_level
+// gives it. 0, or 1: memory ran out.
+extern "C" int quantkit_int8_linear(const void* x, int64_t stride, const void* weight, const float* scale,
+                                    const float* row_scale, const float* bias, void* out,
+                                    int out_float, int64_t m, int64_t n, int64_t k, int threads,
+                                    int level) {
+    const Int8Problem p{static_cast<const int8_t*>(x), stride, static_cast<const int8_t*>(weight),
+                        scale, row_scale, bias, out, out_float != 0, m, n, k};
+    return (level == 2 ? int8_tiles(p, threads) : int8_vnni(p, threads)) ? 0 : 1;
 }

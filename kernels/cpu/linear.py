@@ -120,7 +120,7 @@ def int8(
     """
     library = native.library()
     n, k = weight.shape
-    if library is None or native.level() < 2 or n % _ROWS or k % 64 or not weight.is_contiguous():
+    if library is None or n % _ROWS or k % 64 or not weight.is_contiguous():
         return None
     out = xq.new_empty((*xq.shape[:-1], n), dtype=_written(out_dtype))
     xq = _rows(xq)
@@ -137,6 +137,7 @@ def int8(
             out.dtype == torch.float32,
             *(xq.shape[0], n, k),
             torch.get_num_threads(),
+            native.level(),
         )
         _check(failed, out)
     return out.to(out_dtype)

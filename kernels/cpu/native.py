@@ -25,6 +25,7 @@ _SOURCES = (
     "int4_linear.cpp",
     "int4_pack.cpp",
     "int8_linear.cpp",
+    "int8_vnni.cpp",
     "kv4.cpp",
     "rows.cpp",
 )
@@ -40,6 +41,7 @@ _FLAGS = [
     "-mavx512vl",
     "-mavx512dq",
     "-mavx512bf16",
+    "-mavx512vnni",
     "-mfma",
 ]
 _LOG = logging.getLogger("quantkit")
@@ -64,7 +66,7 @@ _ARGUMENTS = {
     "int4_pack": [POINTER, SIZE, SIZE, POINTER, INT],
     "int8_linear": [
         *(POINTER, SIZE, POINTER, POINTER, POINTER, POINTER, POINTER, INT),
-        *(SIZE, SIZE, SIZE, INT),
+        *(SIZE, SIZE, SIZE, INT, INT),
     ],
     "quantize_rows": [POINTER, INT, SIZE, SIZE, SIZE, *_QUANTIZER, POINTER, POINTER, INT],
     "norm_quantize": [

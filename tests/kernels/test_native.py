@@ -19,7 +19,6 @@ from quantkit.kernels.quantize_int8 import quantize_int8
 needs_library = pytest.mark.skipif(
     native.level() == 0, reason="no C++ compiler, or no AVX-512-BF16"
 )
-needs_tiles = pytest.mark.skipif(native.level() < 2, reason="no AMX")
 # One and few rows, a panel's edge, several panels, more than a chunk; K over one slab of 1024.
 INT4_SHAPES = [
     *((m, 128, 256, 128) for m in (1, 2, 3, 4, 5, 15, 16, 17, 33, 100)),
@@ -28,7 +27,10 @@ INT4_SHAPES = [
     *((9, 64, 128, group) for group in (32, 64, 128)),
     (6, 64, 1536, 1536),
 ]
-INT8_SHAPES = [(m, 128, 320) for m in (1, 2, 15, 16, 17, 31, 32, 33, 65, 290)] + [(40, 64, 2240)]
+INT8_SHAPES = [
+    *((m, 128, 320) for m in (1, 2, 3, 4, 5, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 65, 290)),
+    *((m, 64, 2240) for m in (1, 40)),
+]
 
 
 @pytest.fixture(params=[1, 2], ids=["avx512", "amx"])
@@ -71,7 +73,8 @@ def test_int4(m, n, k, group, kind, int4_weight, relative_error) -> None:
     assert relative_error(plain, values @ weight.dense(half).t()) < 3e-3
 
 
-@needs_tiles
+@needs_library
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize(("m", "n", "k"), INT8_SHAPES)
 def test_int8(m, n, k, relative_error) -> None:
     x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
