@@ -12,7 +12,8 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..cpu.native import cache_folder
 _LOG = logging.getLogger("quantkit")
 _DEFAULT_PROCESSORS = 132
 Config = dict[str, int]
+Key = tuple[int | str, ...]
 
 
 def gpu_name(device: torch.device) -> str | None:
@@ -43,7 +45,7 @@ def processors(device: torch.device) -> int:
 
 def choose(
     op: str,
-    key: tuple[int | str, ...],
+    key: Key,
     candidates: list[Config],
     heuristic: Config,
     device: torch.device | None = None,
@@ -52,6 +54,10 @@ def choose(
 
     An entry that is no longer among the candidates is stale, and passed over.
     """
+    if _ASKED is not None:
+        _ASKED[op, key] = candidates
+    if (op, key) in _TRIED:
+        return _TRIED[op, key]
     name = gpu_name(device or _current())
     if name is None:
         return heuristic
@@ -63,7 +69,32 @@ def choose(
     return heuristic
 
 
-def record(op: str, key: tuple[int | str, ...], config: Config, name: str) -> None:
+_ASKED: dict[tuple[str, Key], list[Config]] | None = None
+_TRIED: dict[tuple[str, Key], Config] = {}
+
+
+@contextmanager
+def asked() -> Iterator[dict[tuple[str, Key], list[Config]]]:
+    """Collects what is looked up within: (op, key) -> candidates. Not for several threads."""
+    global _ASKED
+    _ASKED = {}
+    try:
+        yield _ASKED
+    finally:
+        _ASKED = None
+
+
+@contextmanager
+def trying(op: str, key: Key, config: Config) -> Iterator[None]:
+    """Within, `choose` gives this configuration for this op and key. Not for several threads."""
+    _TRIED[op, key] = config
+    try:
+        yield
+    finally:
+        del _TRIED[op, key]
+
+
+def record(op: str, key: Key, config: Config, name: str) -> None:
     """Keep a measured configuration in the user's cache, for the GPU of this name."""
     path = user_table(name)
     table = _read(path)
@@ -77,7 +108,7 @@ def record(op: str, key: tuple[int | str, ...], config: Config, name: str) -> No
 
 def tune(
     op: str,
-    key: tuple[int | str, ...],
+    key: Key,
     candidates: list[Config],
     seconds: Callable[[Config], float],
     name: str,

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import quantkit
-from quantkit.cli import evaluate, generate, inspect, plan, quantize, recipes, verify
+from quantkit.cli import bench, evaluate, generate, inspect, plan, quantize, recipes, verify
 from quantkit.errors import InternalError, QuantkitError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("generate")(generate.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("recipes")(recipes.command)
+app.command("bench")(bench.command)
 
 _INTERRUPTED = 130
 # Newer releases of typer carry click within, under a name of its own: reach its classes through typer.

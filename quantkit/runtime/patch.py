@@ -6,6 +6,7 @@ import ctypes
 import sys
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from quantkit.runtime.fusion import fuse
@@ -27,8 +28,26 @@ def patch(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.prepare()
+    _read_whole_rows(model)
     _give_back_memory()
     return model
+
+
+def _read_whole_rows(model: nn.Module) -> None:
+    """Give an unquantized output layer rows of their own.
+
+    After a prompt it reads the last token alone, a slice of the hidden states; for its strides torch copies
+    the whole vocabulary's weight on a CPU: seconds at each prompt.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if type(head) is nn.Linear and not head._forward_pre_hooks:
+        head.register_forward_pre_hook(_own_rows)
+
+
+def _own_rows(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    # Not `contiguous`, which leaves one row of a slice as it is.
+    return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
 
 
 def _give_back_memory() -> None:
