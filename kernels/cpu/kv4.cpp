@@ -1,8 +1,8 @@
 // INT4 keys and values on the CPU: packing, and attention of a few queries over the packed bytes.
 //
 // A vector of D numbers is D / 2 bytes (byte i: element i low, element i + D / 2 high, both q + 8) and a
-// scale, behind them or (planar) behind the codes of all tokens. Attention reads them once: 16 bytes become 32 floats by two permutations of a table of the 16
-// codes, shared by up to four queries of a group.
+// scale, behind them or (planar) behind the codes of all tokens. Attention reads them once: 16 bytes
+// become 32 floats by two permutations of a table of the 16 codes, shared by up to four queries of a group.
 //
 //   keys:   4 rows x 4 keys (2 x 8, 1 x 16) of sums in 16 registers --- reduced together ---> 16 scores
 //   block of 256 keys: scores x scales + mask -> online softmax -> weights x the values' scales

@@ -11,12 +11,23 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 CAPABILITIES = (80, 89, 90, 100)
+_LEAST_INSTRUCTIONS = 40
+_MODULES = (
+    "rows",
+    "hadamard",
+    "linear",
+    "int4_expand",
+    "kv4_append",
+    "kv4_attention",
+    "kv4_expand",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,8 @@ class Build:
             (`{90: "QGMMA"}`); a capability without an entry is not held to any.
         wide_loads: whether global loads 16 bytes wide must be there.
         shared: the least shared memory in bytes that pipelining as deep as `num_stages` needs.
-        tile: what one program computes, for the table: `weights`, `bytes`, `flops` and the like.
+        tile: what a round of the longest loop handles (without a loop: a program): `elements`, the
+            `bytes` of memory that these are, `operations` of the tensor cores.
         options: further compiler options, e.g. `{"maxnreg": 128}`.
     """
 
@@ -87,6 +99,9 @@ class Compiled:
     def problems(self) -> list[str]:
         """What the build expects and did not get; empty when all is well."""
         found = []
+        if sum(self.instructions.values()) < _LEAST_INSTRUCTIONS:
+            # Some versions of Triton compile what they cannot to a trap, and say nothing.
+            found.append(f"only {sum(self.instructions.values())} instructions")
         if self.spills:
             found.append(f"{self.spills} bytes spilled")
         wanted = self.build.tensor_core.get(self.capability)
@@ -97,6 +112,12 @@ class Compiled:
         if self.shared < self.build.shared:
             found.append(f"{self.shared} bytes of shared memory, {self.build.shared} are meant")
         return found
+
+
+def shipped() -> Iterator[Build]:
+    """Every kernel in the configurations that the heuristics choose."""
+    for name in _MODULES:
+        yield from import_module(f"{__package__}.{name}").builds()
 
 
 def compile_build(build: Build, capability: int) -> Compiled:

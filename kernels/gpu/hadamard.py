@@ -242,5 +242,9 @@ def builds() -> Iterator[Build]:
                     divisible=("x", "inner", "across", "out", "scales", "K", "x_stride"),
                     capabilities=(89, 90, 100) if fp8 else (80, 89, 90, 100),
                     tensor_core={80: "HMMA", 89: "HMMA", 90: "H.?MMA", 100: ".*MMA"},
-                    tile={"elements": width},
+                    tile={
+                        "elements": width,
+                        "bytes": width * (4 if form == _PLAIN else 3),
+                        "operations": 2 * width * (128 + (3 * lines if wide else 0)),
+                    },
                 )  # fmt: skip

@@ -125,5 +125,5 @@ def builds() -> Iterator[Build]:
             num_warps=4,
             divisible=(*pointers, "N", "K", *strides),
             capabilities=(80, 89, 90, 100) if kind == HALF else (89, 90, 100),
-            tile={"weights": _ROWS * 128},
+            tile={"elements": _ROWS * 128, "bytes": _ROWS * 128 * (2.5 if kind == HALF else 1.5)},
         )

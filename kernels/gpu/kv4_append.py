@@ -279,5 +279,6 @@ def builds() -> Iterator[Build]:
                 divisible=tuple(n for n in signature if n not in ("T", "HEADS", "KV_HEADS")),
                 capabilities=(89, 90, 100) if float8 else (80, 89, 90, 100),
                 wide_loads=block > 1,
-                tile={"elements": block * 128},
+                # Read: 16 bits; written: a query again, or four bits and a scale.
+                tile={"elements": block * 128, "bytes": block * 128 * 4},
             )  # fmt: skip

@@ -202,7 +202,8 @@ def heuristic(
         tiles = heads * triton.cdiv(rows, 16)
         wanted = max(1, min(4 * processors // tiles, length // 256))
         split = max(s for s in SPLITS if s <= wanted)
-        return {"BM": 16, "BN": keys, "SPLIT": split, "num_warps": warps, "num_stages": 3}
+        stages = 2 if dim > 128 else 3
+        return {"BM": 16, "BN": keys, "SPLIT": split, "num_warps": warps, "num_stages": stages}
     return {"BM": 32, "BN": 32, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
 
 
@@ -221,6 +222,7 @@ def builds() -> Iterator[Build]:
         {"DIM": 128, "COLUMNS": 128, "SPLIT": 16, "INTERPRET": False},
         num_warps=2,
         num_stages=1,
+        tile={"elements": 16 * 128, "bytes": 16 * 130 * 4},
     )
 
 
@@ -255,5 +257,9 @@ def _build(dim: int, rows: int, length: int, float8: bool, key_mask: bool = Fals
         divisible=(*pointers, *(s for s in strides if s in signature)),
         tensor_core={80: "HMMA", 89: "HMMA", 90: "H.?MMA|HGMMA", 100: ".*MMA"},
         wide_loads=dim % 32 == 0 and (dim > 64 or rows <= 64),
-        tile={"elements": 2 * config["BN"] * dim, "rows": config["BM"]},
+        tile={
+            "elements": 2 * config["BN"] * dim,
+            "bytes": config["BN"] * (dim + (2 if float8 else 4)),
+            "operations": 4 * config["BM"] * config["BN"] * dim,
+        },
     )

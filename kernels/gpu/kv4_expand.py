@@ -148,5 +148,5 @@ def builds() -> Iterator[Build]:
                 num_stages=1,
                 divisible=("codes", "scales", "out", *(f"codes_{part}" for part in parts)),
                 wide_loads=dim == 256,
-                tile={"elements": 16 * dim},
+                tile={"elements": 16 * dim, "bytes": 16 * dim * 2.5},
             )

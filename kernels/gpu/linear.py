@@ -381,5 +381,9 @@ def _build(
         else (80, 89, 90, 100),
         tensor_core=cores,
         shared=(config["num_stages"] - 1) * (weights + inputs),
-        tile={"weights": config["BN"] * size, "rows": config["BM"], "bytes": weights + inputs},
+        tile={
+            "elements": config["BN"] * size,
+            "bytes": weights,
+            "operations": 2 * config["BM"] * config["BN"] * size,
+        },
     )

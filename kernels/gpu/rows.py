@@ -186,16 +186,21 @@ def _launch(
         BLOCK=block,
         BY_HAND=by_hand(x.device),
         INTERPRET=interpreting(),
-        num_warps=warps(block),
+        num_warps=warps(block, before),
     )
 
 
-def warps(block: int) -> int:
+def warps(block: int, before: int) -> int:
     """Eight elements (16 bytes of bf16) a thread and load, four loads in flight."""
-    return min(16, max(1, block // 1024))
+    # A norm's two or three rows in few registers would spill.
+    return min(8 if before == NORM else 16, max(1, block // 1024))
 
 
 _POINTERS = ("x", "weight", "residual", "y_out", "hidden_out")
+
+
+# Read and written for an element: x, the residual, y, their sum, the code; the gate; x and the code.
+_BYTES = {PLAIN: 3, NORM: 9, GATE: 5}
 
 
 def builds() -> Iterator[Build]:
@@ -222,9 +227,9 @@ def builds() -> Iterator[Build]:
                             "BY_HAND": by_hand_,
                             "INTERPRET": False,
                         },
-                        num_warps=warps(block),
+                        num_warps=warps(block, before),
                         num_stages=1,
                         divisible=(*_POINTERS, "codes", "K", "x_stride", "residual_stride"),
                         capabilities=capabilities,
-                        tile={"elements": k},
+                        tile={"elements": k, "bytes": k * _BYTES[before]},
                     )
