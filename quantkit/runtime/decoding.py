@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from quantkit.runtime.cache import packed_cache, quantizers
 
@@ -17,18 +18,23 @@ class Decoder:
     """Decodes a batch of sequences of equal length, always the likeliest token.
 
     On a GPU the cache has a fixed size and a step is recorded once and replayed, so that no time of the
-    host's passes between kernels; on a CPU the cache grows.
+    host's passes between kernels; on a CPU the cache grows. It grows as well where layers see a window
+    only: their caches count on the host, which a graph does not repeat.
 
     Args:
         model: from `quantkit.load`, quantized or not.
         batch: sequences.
         length: the most tokens of one, prompt and answer.
+        fixed: whether the cache has a fixed size; left out: as said above.
     """
 
-    def __init__(self, model: Any, batch: int, length: int) -> None:
+    def __init__(self, model: Any, batch: int, length: int, fixed: bool | None = None) -> None:
         self.model, self.batch, self.length = model, batch, length
         self.device: torch.device = model.device
+        on_gpu = self.device.type == "cuda"
+        self._fixed = (on_gpu if fixed is None else fixed) and not self._has_windows()
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._recorded = False
         self._cache: Any = None
         self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self._position = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
@@ -44,7 +50,7 @@ class Decoder:
             raise ValueError(
                 f"a prompt {tuple(ids.shape)} for {self.batch} sequences of at most {self.length}"
             )
-        if self._cache is None or self.device.type != "cuda":
+        if self._cache is None or not self._fixed:
             self._cache = self._new_cache()
         else:
             self._cache.reset()
@@ -56,7 +62,7 @@ class Decoder:
     @torch.inference_mode()
     def step(self) -> torch.Tensor:
         """The next tokens [batch, 1] (int64, overwritten by the step after)."""
-        if self.device.type == "cuda" and self._graph is None:
+        if self._fixed and self.device.type == "cuda" and not self._recorded:
             self._record()
         if self._graph is not None:
             self._graph.replay()
@@ -65,19 +71,22 @@ class Decoder:
         return self._tokens
 
     def _new_cache(self) -> Any:
-        fixed = self.length if self.device.type == "cuda" else None
         if quantizers(self.model):
-            return packed_cache(self.model, fixed)
-        from transformers import DynamicCache, StaticCache
+            return packed_cache(self.model, self.length if self._fixed else None)
+        if self._fixed:
+            return StaticCache(self._config, max_cache_len=self.length)
+        return DynamicCache(config=self._config)
 
-        config = self.model.config.get_text_config(decoder=True)
-        if fixed is None:
-            return DynamicCache(config=config)
-        return StaticCache(config, max_cache_len=fixed)
+    @property
+    def _config(self) -> Any:
+        return self.model.config.get_text_config(decoder=True)
+
+    def _has_windows(self) -> bool:
+        return any(layer.is_sliding for layer in StaticCache(self._config, max_cache_len=1).layers)
 
     def _forward(self) -> None:
         mask = None
-        if self.device.type == "cuda":
+        if self._fixed:
             # Beyond the last token a cache of fixed size is empty.
             slots = torch.arange(self._slots, device=self.device)
             mask = (slots <= self._position).view(1, 1, 1, -1).expand(self.batch, -1, -1, -1)
@@ -97,6 +106,7 @@ class Decoder:
 
     def _record(self) -> None:
         """One step as a graph; the state is as before. Where a model cannot be recorded, steps run as they are."""
+        self._recorded = True
         state = (self._tokens, self._position, *self._lengths())
         before = [t.clone() for t in state]
         stream = torch.cuda.Stream()

@@ -87,14 +87,15 @@ def test_a_random_checkpoint_loads_and_speaks(recipe, tmp_path, monkeypatch):
     assert 0.01 < logits.std() < 100
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("recipe", ["fireq", "int4"])
-def test_the_decoder_says_what_generate_does(quantized, recipe):
-    model = load(quantized(recipe))
+def test_the_decoder_says_what_generate_does(quantized, recipe, fixed):
+    model = load(quantized(recipe), dtype=torch.float32)
     ids = torch.randint(2, 256, (2, 9), generator=torch.Generator().manual_seed(1))
     expected = model.generate(
         ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=1
     )
-    decoder = Decoder(model, 2, 16)
+    decoder = Decoder(model, 2, 16, fixed)
     for _ in range(2):
         tokens = [decoder.prefill(ids).clone()] + [decoder.step().clone() for _ in range(5)]
         assert torch.equal(torch.cat(tokens, 1), expected[:, 9:])
