@@ -15,6 +15,7 @@ import torch
 import quantkit
 from quantkit.calibration.data import BUNDLED_CALIBRATION, CalibrationSet, calibration_blocks
 from quantkit.calibration.stream import LayerStream, observe
+from quantkit.device import find_device
 from quantkit.errors import InternalError, QuantkitError
 from quantkit.formats.config import build_quantization_config
 from quantkit.formats.packed import packed_tensors
@@ -73,7 +74,7 @@ def quantize(
     started = time.monotonic()
     if isinstance(recipe, str):
         recipe = Recipe.load(recipe, overrides)
-    where = _device(device)
+    where = find_device(device)
     for name, value in (("samples", samples), ("seqlen", seqlen)):
         if value is not None and value < (1 if name == "samples" else 2):
             raise QuantkitError(
@@ -115,18 +116,6 @@ def quantize(
     if problems:
         raise InternalError(f"{path}: the output does not verify: {problems[0]}")
     return report | {"output": str(path)}
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise QuantkitError(f"--device {name}: unknown; cpu and cuda are known") from None
-    if device.type not in ("cpu", "cuda"):
-        raise QuantkitError(f"--device {name}: not supported; cpu and cuda are")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise QuantkitError(f"--device {name}: torch sees no CUDA device; use --device cpu")
-    return device
 
 
 def _check_disk(path: Path, need: int) -> None:

@@ -58,7 +58,9 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure speed: medians of interleaved runs on cold data, beside bf16."""
-    where = _device(device)
+    from quantkit.device import find_device
+
+    where = find_device(device)
     for name, value in (
         ("prompt", prompt),
         ("new-tokens", new_tokens),
@@ -89,12 +91,6 @@ def command(
         from quantkit.bench.picture import draw
 
         draw(report, picture) if target == "ops" else note("--picture: only `bench ops` draws one")
-
-
-def _device(name: str) -> Any:
-    from quantkit.pipeline import _device as find
-
-    return find(name)
 
 
 def _ops(
