@@ -79,9 +79,9 @@ def write_random(size: str, recipe: str, folder: Path) -> Path:
 
 def random_baseline(size: str, device: torch.device) -> Any:
     """The same model in bf16, unquantized."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     model = _skeleton(size)
-    state = {n: _dense(n, p.shape, generator).to(device) for n, p in model.named_parameters()}
+    state = {n: _dense(n, p.shape, generator) for n, p in model.named_parameters()}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     return patch(model.to(device).eval().requires_grad_(False))
@@ -96,6 +96,5 @@ def _skeleton(size: str) -> Any:
 
 
 def _dense(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    if "norm" in name:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).bfloat16()
+    tensor = torch.ones(shape, dtype=torch.bfloat16, device=generator.device)
+    return tensor if "norm" in name else tensor.normal_(0, shape[-1] ** -0.5, generator=generator)
