@@ -107,3 +107,18 @@ def test_silu_mul_quantize(dtype, form: str, bits: int, device, relative_error) 
         want = (want_codes.float() + offset) * want_scale
         # exp differs in its last bits, and so a code at an edge.
         assert relative_error(got, want) < (0.2 if bits == 1 else 0.05 if bits == 4 else 5e-3)
+
+
+@pytest.mark.slow
+def test_rows_far_apart(device) -> None:
+    """Offsets beyond 2^31. The zeros between take address space only."""
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 << 30:
+        pytest.skip("needs 6 GiB of GPU memory")
+    x = torch.zeros(2**31 + 256, dtype=torch.bfloat16, device=device).as_strided(
+        (3, 256), (2**30, 1)
+    )
+    x[2] = torch.randn(256).to(x)
+    codes, scale = quantize_int8(x)
+    expected, expected_scale = quantize_int8.reference(x[2:])
+    assert torch.equal(codes[2:], expected)
+    assert torch.equal(scale[2:], expected_scale)
