@@ -17,14 +17,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the results of a `bench ops` report, as its JSON has them.
 
     Raises:
-        QuantkitError: matplotlib is not installed, the file cannot be written, or there is nothing to draw.
+        QuantkitError: the file cannot be written, or there is nothing to draw.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise QuantkitError(
-            "--picture: matplotlib is not installed; pip install matplotlib, or leave it out"
-        ) from None
+    from matplotlib.figure import Figure
+
     linears = _over_rows(report["results"])
     attention = _over_context(report["results"])
     panels = [

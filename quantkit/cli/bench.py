@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -71,6 +72,7 @@ def command(
             raise QuantkitError(f"--{name} {value}: at least 1 is needed")
     if seconds is not None and not 0 < seconds < 1e6:
         raise QuantkitError(f"--seconds {seconds}: a number above 0 is needed")
+    _check_outputs(target, output, picture)
     if threads is not None:
         import torch
 
@@ -90,7 +92,20 @@ def command(
     if picture is not None:
         from quantkit.bench.picture import draw
 
-        draw(report, picture) if target == "ops" else note("--picture: only `bench ops` draws one")
+        draw(report, picture)
+
+
+def _check_outputs(target: str, output: Path | None, picture: Path | None) -> None:
+    """What would make the results of minutes of measuring unwritable is said before."""
+    for option, path in (("--output", output), ("--picture", picture)):
+        if path is not None and not path.parent.is_dir():
+            raise QuantkitError(f"{option} {path}: there is no folder {path.parent}")
+    if picture is not None and target != "ops":
+        raise QuantkitError("--picture: only `bench ops` draws one; leave it out")
+    if picture is not None and importlib.util.find_spec("matplotlib") is None:
+        raise QuantkitError(
+            "--picture: matplotlib is not installed; pip install matplotlib, or leave it out"
+        )
 
 
 def _ops(

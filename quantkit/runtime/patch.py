@@ -46,8 +46,11 @@ def _read_whole_rows(model: nn.Module) -> None:
 
 
 def _own_rows(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    # Not `contiguous`, which leaves one row of a slice as it is.
-    return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
+    hidden = inputs[0]
+    if hidden.dim() == 3 and hidden.shape[1] == 1:
+        # Not `contiguous`, which leaves one row of a slice as it is.
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    return (hidden, *inputs[1:])
 
 
 def _give_back_memory() -> None:

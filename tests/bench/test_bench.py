@@ -126,6 +126,8 @@ def test_a_model_beside_its_original(quantized, tmp_path):
         (["ops", "--shape", "100x8"], "--shape 100x8: inputs in 128s"),
         (["ops", "--seconds", "0"], "--seconds 0.0: a number above 0"),
         (["ops", "--op", "int4_linear", "--tune"], "--tune: finds configurations of GPU kernels"),
+        (["ops", "-o", "nowhere/x.json"], "--output nowhere/x.json: there is no folder nowhere"),
+        (["llama", "--picture", "x.png"], "--picture: only `bench ops` draws one"),
         (["llama"], "llama: is not quantized; quantize it first"),
         (["random-1b", "--recipe", "x"], "--recipe x: no such format"),
         (["random-3b"], "random-3b: no such size; random-1b"),

@@ -136,6 +136,14 @@ def test_chunked_prefill_agrees(quantized):
     assert_agree(torch.cat(parts, 1), whole)
 
 
+def test_the_output_layer_reads_a_row_of_its_own(quantized):
+    model, strides = load(quantized("int4")), []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: strides.append(inputs[0].stride()))
+    model(ids(), logits_to_keep=1)
+    hidden = model.config.hidden_size
+    assert strides == [(hidden, hidden, 1)]
+
+
 @pytest.mark.parametrize("recipe", ["fireq", "int4"])
 def test_left_padding_changes_nothing(quantized, recipe: str):
     model = load(quantized(recipe), dtype=torch.float32)
