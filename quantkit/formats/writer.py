@@ -113,9 +113,13 @@ class OutputFolder:
             )
 
     def __enter__(self) -> OutputFolder:
-        with writing(self.path):
-            shutil.rmtree(self.work, ignore_errors=True)
-            self.work.mkdir(parents=True)
+        try:
+            with writing(self.path):
+                shutil.rmtree(self.work, ignore_errors=True)
+                self.work.mkdir(parents=True)
+        except BaseException:  # an interrupt too: `with` only cleans up after what it has entered
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
