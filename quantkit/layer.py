@@ -15,8 +15,8 @@ from quantkit.formats.scheme import Scheme, WeightFormat
 from quantkit.methods import crossquant, fireq, fp8_scales, rounding, smoothing
 from quantkit.methods.gptq import gptq
 from quantkit.methods.hadamard import rotate
-from quantkit.models.folding import fold_factor, fold_rope_factor, share_over_query_heads
-from quantkit.models.structure import INPUT_GROUPS, InputGroup, Structure
+from quantkit.models.folding import fold_factor, fold_rope_factor
+from quantkit.models.groups import Attention, InputGroup, LayerStructure
 from quantkit.recipe import Recipe, Weights
 from quantkit.runtime.activations import round_activation
 
@@ -48,7 +48,7 @@ def quantize_layer(
     prefix: str,
     recipe: Recipe,
     schemes: dict[str, Scheme],
-    structure: Structure,
+    structure: LayerStructure,
     inputs: dict[str, InputStatistics],
     keys: KeyStatistics | None,
     norm_dtype: torch.dtype,
@@ -58,6 +58,7 @@ def quantize_layer(
     Args:
         layer: weights in float32.
         prefix: the layer's full name with a dot at its end.
+        structure: the layer's.
         inputs: statistics per input group; empty when the recipe needs no calibration.
         keys: statistics of the keys, or None.
         norm_dtype: the type norms are stored in.
@@ -65,22 +66,21 @@ def quantize_layer(
     result = QuantizedLayer(report={"linears": {}, "factors": {}, "zero_fraction": {}})
     factors: dict[str, torch.Tensor] = {}
     if keys is not None and recipe.rope_scaling:
-        result.post_scale = _scale_keys(layer, recipe, structure, keys)
-    for group in INPUT_GROUPS:
+        result.post_scale = _scale_keys(layer, recipe, structure.attention, keys)
+    for group in structure.groups:
         scheme = schemes.get(prefix + group.linears[0])
         if (
             scheme is None
             or not recipe.channel_scaling
-            or group.name not in recipe.channel_scaling.places
+            or group.place not in recipe.channel_scaling.places
+            or group.feeder is None
         ):
             continue
-        factor, figures = choose_factor(
-            layer, group, recipe, prefix, scheme, inputs[group.name], structure
-        )
+        factor, figures = choose_factor(layer, group, recipe, prefix, scheme, inputs[group.name])
         if factor is not None:
-            factors[group.name] = fold_factor(layer, group, factor, structure, norm_dtype)
+            factors[group.name] = fold_factor(layer, group, factor, norm_dtype)
         result.report["factors"][group.name] = figures
-    for group in INPUT_GROUPS:
+    for group in structure.groups:
         if group.name in inputs:
             shares = zero_fractions(
                 inputs[group.name], factors.get(group.name), schemes.get(prefix + group.linears[0])
@@ -101,7 +101,7 @@ def quantize_layer(
 
 
 def _scale_keys(
-    layer: nn.Module, recipe: Recipe, structure: Structure, keys: KeyStatistics
+    layer: nn.Module, recipe: Recipe, attention: Attention, keys: KeyStatistics
 ) -> torch.Tensor | None:
     """FireQ's two factors on keys: folds the one before RoPE, returns the one after it."""
     assert recipe.rope_scaling
@@ -113,7 +113,7 @@ def _scale_keys(
         post, taken = fireq.rope_post_factor(keys.absmax, scaling.beta, scaling.top_k)
     if scaling.alpha is not None:
         pre = fireq.rope_pre_factor(keys.pairs, scaling.alpha)
-        applied = fold_rope_factor(layer, torch.where(taken, torch.ones_like(pre), pre), structure)
+        applied = fold_rope_factor(layer, torch.where(taken, torch.ones_like(pre), pre), attention)
         if post is not None:
             # A pre factor shared by all heads can reach channels that a head's post factor takes.
             post = torch.where(taken, post / applied, post)
@@ -127,7 +127,6 @@ def choose_factor(
     prefix: str,
     scheme: Scheme,
     stats: InputStatistics,
-    structure: Structure,
 ) -> tuple[torch.Tensor | None, dict[str, Any]]:
     """The channel factor of one input group: the exponent with the least joint error of input and weights.
 
@@ -138,8 +137,8 @@ def choose_factor(
     method, exponents = recipe.channel_scaling.method, recipe.channel_scaling.exponents
     weights: list[Any] = [layer.get_submodule(name).weight for name in group.linears]
     candidates = [_factor(method, exponent, stats, weights) for exponent in exponents]
-    if group.name == "o":
-        candidates = [share_over_query_heads(d, structure) for d in candidates]
+    if group.feeder is not None:
+        candidates = [group.feeder.shared(d) for d in candidates]
     if len(candidates) == 1:
         return candidates[0], {"method": method, "exponent": exponents[0]}
     best, errors = smoothing.search(

@@ -21,8 +21,8 @@ from quantkit.formats.config import build_quantization_config
 from quantkit.formats.packed import packed_tensors
 from quantkit.formats.writer import OutputFolder, save_tensors
 from quantkit.layer import QuantizedLayer, quantize_layer
+from quantkit.models.groups import LayerStructure
 from quantkit.models.names import BUNDLED
-from quantkit.models.structure import INPUT_GROUPS
 from quantkit.plan import Plan, default_output, make_plan
 from quantkit.recipe import Recipe
 
@@ -151,8 +151,9 @@ def _one_layer(
     plan: Plan, stream: LayerStream, number: int, folder: OutputFolder
 ) -> QuantizedLayer:
     """Calibrate, transform, quantize and write one decoder layer; the stream moves on to its outputs."""
-    prefix = f"{plan.structure.layers}.{number}."
-    norm_dtype = plan.checkpoint.load(f"{prefix}input_layernorm.weight").dtype
+    prefix = plan.structure.prefix(number)
+    structure = plan.structure.layer(number)
+    norm_dtype = _norm_dtype(plan, prefix, structure)
     with stream.layer(number) as layer:
         if stream.hidden is None:
             arguments: tuple[Any, Any] = ({}, None)
@@ -160,11 +161,11 @@ def _one_layer(
         else:
             reference = _Reference(_ERROR_BLOCKS)
             gptq = {
-                group.name for group in INPUT_GROUPS
+                group.name for group in structure.groups
                 if any(plan.recipe.weights_of(prefix + n).rounding == "gptq" for n in group.linears)
             }  # fmt: skip
             with observe(
-                layer, hessians=gptq, keep_rows=_SEARCH_ROWS, batches=stream.batches
+                layer, structure, hessians=gptq, keep_rows=_SEARCH_ROWS, batches=stream.batches
             ) as arguments:
                 stream.run(layer, number, reference.keep)
         result = quantize_layer(
@@ -172,18 +173,26 @@ def _one_layer(
             prefix,
             plan.recipe,
             plan.schemes,
-            plan.structure,
+            structure,
             *arguments,
             norm_dtype=norm_dtype,
         )
         _write_layer(plan, prefix, layer, result, folder)
         if stream.hidden is not None and reference is not None:
-            _quantize_cache(plan, layer, result)
+            _quantize_cache(plan, layer.get_submodule(structure.attention.path), result)
             before = stream.hidden[:_ERROR_BLOCKS].clone()
             stream.advance(layer, number)
             result.report["output_error"] = reference.error(before, stream.hidden[:_ERROR_BLOCKS])
     folder.end_of_layer()
     return result
+
+
+def _norm_dtype(plan: Plan, prefix: str, structure: LayerStructure) -> torch.dtype:
+    """The type in which the norms that take factors are stored."""
+    norms = [g.feeder.module for g in structure.groups if g.feeder is not None and g.feeder.norm]
+    if not norms:
+        return torch.float32
+    return plan.checkpoint.load(f"{prefix}{norms[0]}.weight").dtype
 
 
 class _Reference:
@@ -204,13 +213,13 @@ class _Reference:
         return float((outputs[: want.shape[0]] - want).square().sum() / added.clamp_min(1e-30))
 
 
-def _quantize_cache(plan: Plan, layer: torch.nn.Module, result: QuantizedLayer) -> None:
+def _quantize_cache(plan: Plan, attention: Any, result: QuantizedLayer) -> None:
     """From here on the layer's attention rounds keys and values as the served model will."""
     from quantkit.runtime.attention import KVQuantizer
 
     form = plan.recipe.kv_format()
     if form:
-        layer.get_submodule("self_attn").kv_quantizer = KVQuantizer(form, result.post_scale)
+        attention.kv_quantizer = KVQuantizer(form, result.post_scale)
 
 
 def _write_layer(

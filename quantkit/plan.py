@@ -78,10 +78,9 @@ def make_plan(
 
     linears = [n for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)]
     schemes = recipe.resolve(structure, linears)
-    if recipe.kv_cache and structure.head_dim % 2:
-        raise QuantkitError(
-            f"{model}: head_dim {structure.head_dim} is odd; INT4 keys and values pack pairs"
-        )
+    odd = [a.attention.head_dim for a in structure.layer_structures if a.attention.head_dim % 2]
+    if recipe.kv_cache and odd:
+        raise QuantkitError(f"{model}: head_dim {odd[0]} is odd; INT4 keys and values pack pairs")
     before = {name: checkpoint.tensors[f"{name}.weight"].bytes for name in schemes}
     after = {
         name: scheme.packed_bytes(*checkpoint.tensors[f"{name}.weight"].shape)
@@ -132,12 +131,14 @@ def _peak_bytes(
     checkpoint: Checkpoint, structure: Structure, recipe: Recipe, samples: int, seqlen: int
 ) -> int:
     """One float32 layer twice (as loaded, as simulated), its Hessians, the activations, the embedding, the libraries."""
-    layer = sum(rows * columns for rows, columns in structure.shapes.values()) * 4
+    shapes = [list(layer.shapes.values()) for layer in structure.layer_structures]
+    layer = max(sum(rows * columns for rows, columns in linears) for linears in shapes) * 4
     libraries = 500 * 2**20
     if not recipe.needs_calibration:
         return libraries + 2 * layer
-    widths = {columns for _, columns in structure.shapes.values()}
-    hidden = structure.shapes["self_attn.q_proj"][1]
+    widths = {columns for linears in shapes for _, columns in linears}
+    first = structure.layer(0)
+    hidden = first.shapes[first.place("qkv")[0].linears[0]][1]
     hessians = sum(2 * width * width * 4 for width in widths)
     embedding = max((info.bytes for info in checkpoint.tensors.values()), default=0)
     return libraries + 2 * layer + hessians + samples * seqlen * hidden * 4 + embedding
@@ -148,8 +149,12 @@ def _splits(structure: Structure, recipe: Recipe, parts: int) -> bool:
     sizes = [recipe.rotation.block] if recipe.rotation else []
     if recipe.weights.group_size != "channel":
         sizes.append(recipe.weights.group_size)
-    split = [structure.shapes["self_attn.o_proj"][1], structure.shapes["mlp.down_proj"][1]]
-    return structure.kv_heads % parts == 0 and all(
+    layers = structure.layer_structures
+    split = {
+        layer.shapes[group.linears[0]][1]
+        for layer in layers for group in layer.place("o") + layer.place("down")
+    }  # fmt: skip
+    return all(layer.attention.kv_heads % parts == 0 for layer in layers) and all(
         columns % parts == 0 and (columns // parts) % size == 0
         for columns in split
         for size in sizes or [1]

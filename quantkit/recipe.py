@@ -13,15 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat
+from quantkit.models.groups import PLACES, Place
 from quantkit.models.structure import Structure
-
-Place = Literal["qkv", "o", "gate_up", "down"]
-PLACES: tuple[Place, ...] = ("qkv", "o", "gate_up", "down")
-# Linears that a server fuses into one matrix: they cannot have different schemes.
-_FUSED = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("mlp.gate_proj", "mlp.up_proj"),
-)
 
 
 class _Strict(BaseModel):
@@ -245,19 +238,19 @@ class Recipe(_Strict):
                     f"recipe {self.name}: {what}: {pattern!r} matches no linear; names look like {linears[0]}"
                 )
         schemes = {}
-        for module, linear in structure.modules():
+        for module, (_, columns) in structure.shapes().items():
             scheme = self.scheme_of(module)
             if scheme is None:
                 continue
-            self._check_shape(module, scheme, structure.shapes[linear][1])
+            self._check_shape(module, scheme, columns)
             schemes[module] = scheme
         if not schemes:
             raise QuantkitError(
                 f"recipe {self.name}: nothing is left to quantize; see rules and ignore"
             )
         for layer in range(structure.num_layers):
-            for fused in _FUSED:
-                found = {schemes.get(f"{structure.layers}.{layer}.{name}") for name in fused}
+            for fused in structure.layer(layer).fused:
+                found = {schemes.get(structure.prefix(layer) + name) for name in fused}
                 if len(found) > 1:
                     raise QuantkitError(
                         f"recipe {self.name}: layer {layer}: {', '.join(fused)} are fused by servers "

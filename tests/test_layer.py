@@ -21,7 +21,10 @@ def test_gptq_gets_the_hessian_of_what_the_weight_will_read(recipe: str, monkeyp
     hidden = torch.randn(2, 40, 256, generator=torch.Generator().manual_seed(0))
     positions = model.model.rotary_emb(hidden, torch.arange(40)[None])
     with (
-        observe(block, hessians={"qkv"}, keep_rows=64, batches=1) as (inputs, keys),
+        observe(block, structure.layer(0), hessians={"qkv"}, keep_rows=64, batches=1) as (
+            inputs,
+            keys,
+        ),
         torch.no_grad(),
     ):
         block(hidden, position_embeddings=positions)
@@ -38,7 +41,7 @@ def test_gptq_gets_the_hessian_of_what_the_weight_will_read(recipe: str, monkeyp
     for group in ("o", "gate_up", "down"):
         inputs[group].hessian = torch.eye(inputs[group].absmax.numel())
     module.quantize_layer(
-        block, "model.layers.0.", loaded, schemes, structure, inputs, keys, torch.bfloat16
+        block, "model.layers.0.", loaded, schemes, structure.layer(0), inputs, keys, torch.bfloat16
     )
     with torch.no_grad():
         x = block.input_layernorm(hidden).reshape(-1, 256)

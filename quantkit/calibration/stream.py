@@ -11,7 +11,8 @@ from torch import nn
 
 from quantkit.calibration.statistics import InputStatistics, KeyStatistics
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.models.structure import INPUT_GROUPS, Structure
+from quantkit.models.groups import LayerStructure
+from quantkit.models.structure import Structure
 
 # Tokens per forward: enough to keep the cores busy, small enough that a layer's intermediates stay small.
 _TOKENS_PER_BATCH = 4096
@@ -130,19 +131,20 @@ class LayerStream:
 
 @contextmanager
 def observe(
-    layer: nn.Module, *, hessians: set[str], keep_rows: int, batches: int
+    layer: nn.Module, structure: LayerStructure, *, hessians: set[str], keep_rows: int, batches: int
 ) -> Iterator[tuple[dict[str, InputStatistics], KeyStatistics]]:
     """Hooks on a layer that collect statistics of every input group, and of the keys, while it runs.
 
     Args:
+        structure: the layer's.
         hessians: names of the input groups whose Hessian is needed.
         keep_rows: how many tokens of each input to keep.
         batches: how many batches will come.
     """
     inputs: dict[str, InputStatistics] = {}
     handles = []
-    for group in INPUT_GROUPS:
-        linear = layer.get_submodule(group.linears[0])
+    for group in structure.groups:
+        linear = layer.get_submodule(group.watched)
         weight: Any = linear.weight
         stats = InputStatistics(
             weight.shape[1],
@@ -160,7 +162,7 @@ def observe(
 
         handles.append(linear.register_forward_pre_hook(hook))
     keys = KeyStatistics()
-    attention: Any = layer.get_submodule("self_attn")
+    attention: Any = layer.get_submodule(structure.attention.path)
     attention.key_observer = keys.update
     try:
         yield inputs, keys

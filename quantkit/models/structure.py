@@ -15,66 +15,57 @@ import torch
 from torch import nn
 
 from quantkit.errors import QuantkitError
+from quantkit.models.groups import Attention, Feeder, InputGroup, LayerStructure
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_LINEARS = tuple(f"self_attn.{n}" for n in _ATTENTION) + tuple(f"mlp.{n}" for n in _MLP)
 SUPPORTED = "Llama, Mistral, Qwen2, Qwen3 and models built like them"
 
 
-@dataclass(frozen=True)
-class InputGroup:
-    """Linears of a decoder layer that read the same input, and where a per-channel factor of it can go.
-
-    Attributes:
-        name: `qkv`, `o`, `gate_up` or `down`: also the name of the place in recipes.
-        linears: module names within the layer.
-        feeder: the module within the layer whose output channels the factor is folded into.
-        feeder_is_norm: the feeder is a norm (its weight is divided), else a linear (its rows are).
-    """
-
-    name: str
-    linears: tuple[str, ...]
-    feeder: str
-    feeder_is_norm: bool
-
-
-INPUT_GROUPS = (
-    InputGroup(
-        "qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", True
-    ),
-    InputGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", False),
-    InputGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", True),
-    InputGroup("down", ("mlp.down_proj",), "mlp.up_proj", False),
-)
-LINEARS = tuple(name for group in INPUT_GROUPS for name in group.linears)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Structure:
     """The shape of a decoder model.
 
     Attributes:
         layers: path of the decoder layers' ModuleList, e.g. `model.layers`.
-        shapes: linear's name within a layer -> (out, in).
-        key_norm: whether queries and keys are normalised per head (q_norm, k_norm).
+        layer_structures: one per decoder layer.
     """
 
     model_type: str
     architecture: str
     layers: str
-    num_layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    shapes: dict[str, tuple[int, int]]
-    key_norm: bool
+    layer_structures: tuple[LayerStructure, ...]
     max_positions: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_structures)
+
+    def layer(self, number: int) -> LayerStructure:
+        return self.layer_structures[number]
+
+    def groups(self, number: int) -> tuple[InputGroup, ...]:
+        """The input groups of a decoder layer."""
+        return self.layer(number).groups
+
+    def prefix(self, number: int) -> str:
+        """What names in a decoder layer begin with, with a dot at its end."""
+        return f"{self.layers}.{number}."
 
     def modules(self) -> Iterator[tuple[str, str]]:
         """(full name, name within the layer) of every linear of every decoder layer."""
-        for layer in range(self.num_layers):
-            for linear in self.shapes:
-                yield f"{self.layers}.{layer}.{linear}", linear
+        for number, layer in enumerate(self.layer_structures):
+            for linear in layer.shapes:
+                yield self.prefix(number) + linear, linear
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Full name -> (out, in) of every linear of every decoder layer."""
+        return {
+            self.prefix(number) + linear: shape
+            for number, layer in enumerate(self.layer_structures)
+            for linear, shape in layer.shapes.items()
+        }
 
 
 def load_config(config: dict[str, Any], where: str) -> Any:
@@ -150,7 +141,7 @@ def find_structure(model: nn.Module, where: str) -> Structure:
                 f"layer {number} has {', '.join(sorted(children))}, not {', '.join(sorted(expected))}"
             )
         linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        if set(linears) != set(LINEARS):
+        if set(linears) != set(_LINEARS):
             raise refuse(
                 f"layer {number} has linears {', '.join(sorted(linears)) or 'of another kind'}"
             )
@@ -167,21 +158,49 @@ def find_structure(model: nn.Module, where: str) -> Structure:
         raise refuse(f"its attention has {', '.join(sorted(norms))}")
     if getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
         raise refuse("RoPE turns only a part of each head")
-    shapes = {n: tuple(block.get_submodule(n).weight.shape) for n in LINEARS}
+    shapes = {n: tuple(block.get_submodule(n).weight.shape) for n in _LINEARS}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if shapes["self_attn.k_proj"][0] != config.num_key_value_heads * head_dim:
         raise refuse(f"k_proj has {shapes['self_attn.k_proj'][0]} rows, not KV heads x head_dim")
+    attention = Attention(
+        "self_attn",
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        head_dim,
+        key_norm=bool(norms),
+    )
+    layer = _layer(attention, {n: (int(s[0]), int(s[1])) for n, s in shapes.items()})
     return Structure(
         model_type=config.model_type,
         architecture=name,
         layers=path,
-        num_layers=len(blocks),
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-        shapes={n: (int(s[0]), int(s[1])) for n, s in shapes.items()},
-        key_norm=bool(norms),
+        layer_structures=(layer,) * len(blocks),
         max_positions=int(getattr(config, "max_position_embeddings", 2048)),
+    )
+
+
+def _layer(attention: Attention, shapes: dict[str, tuple[int, int]]) -> LayerStructure:
+    qkv, gate_up = _LINEARS[:3], _LINEARS[4:6]
+    channels = torch.arange(attention.heads * attention.head_dim)
+    repeats = attention.heads // attention.kv_heads
+    head, channel = channels // attention.head_dim, channels % attention.head_dim
+    from_v = head // repeats * attention.head_dim + channel
+    from_up = torch.arange(shapes["mlp.up_proj"][0])
+    return LayerStructure(
+        groups=(
+            InputGroup("qkv", "qkv", qkv, Feeder("input_layernorm", True)),
+            InputGroup(
+                "o", "o", ("self_attn.o_proj",), Feeder("self_attn.v_proj", False, rows=from_v)
+            ),
+            InputGroup("gate_up", "gate_up", gate_up, Feeder("post_attention_layernorm", True)),
+            InputGroup(
+                "down", "down", ("mlp.down_proj",), Feeder("mlp.up_proj", False, rows=from_up)
+            ),
+        ),
+        shapes=shapes,
+        fused=(qkv, gate_up),
+        attention=attention,
+        mlp="mlp",
     )
 
 

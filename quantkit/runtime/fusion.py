@@ -24,6 +24,10 @@ from quantkit.runtime.cache import PackedLayer
 from quantkit.runtime.linear import QuantLinear, stack
 
 _ATTENTION = ("layer_idx", "head_dim", "scaling")
+_READERS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -197,18 +201,12 @@ def _replacement(parent: nn.Module, name: str, child: Any) -> nn.Module | None:
 
 def _reader_of(layer: nn.Module, norm: str) -> SharedLinear | None:
     """The one product that reads what a layer's norm gives."""
-    from quantkit.models.structure import INPUT_GROUPS
-
-    for group in INPUT_GROUPS:
-        if group.feeder == norm and group.feeder_is_norm:
-            try:
-                linears: list[Any] = [layer.get_submodule(name) for name in group.linears]
-            except AttributeError:
-                return None
-            if all(isinstance(linear, LinearPart) for linear in linears):
-                readers: set[SharedLinear] = {linear.whole for linear in linears}
-                return readers.pop() if len(readers) == 1 else None
-    return None
+    try:
+        linears: list[Any] = [layer.get_submodule(name) for name in _READERS.get(norm, ())]
+    except AttributeError:
+        return None
+    readers = {linear.whole for linear in linears if isinstance(linear, LinearPart)}
+    return readers.pop() if len(readers) == 1 else None
 
 
 def _is_silu(activation: Any) -> bool:

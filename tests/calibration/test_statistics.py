@@ -4,6 +4,7 @@ from tiny_models import make_model
 from quantkit.calibration.statistics import InputStatistics, KeyStatistics
 from quantkit.calibration.stream import observe
 from quantkit.methods.hadamard import rotate
+from quantkit.models.structure import find_structure
 
 
 def test_in_batches_as_at_once():
@@ -43,7 +44,11 @@ def test_keys_over_batches():
 def test_hooks_see_each_groups_input_and_go_away():
     model = make_model("llama")
     layer = model.model.layers[0]
-    with observe(layer, hessians={"down"}, keep_rows=16, batches=1) as (inputs, _), torch.no_grad():
+    structure = find_structure(model, "m").layer(0)
+    with (
+        observe(layer, structure, hessians={"down"}, keep_rows=16, batches=1) as (inputs, _),
+        torch.no_grad(),
+    ):
         model(torch.arange(20)[None], use_cache=False)
     assert {n: s.tokens for n, s in inputs.items()} == dict.fromkeys(
         ("qkv", "o", "gate_up", "down"), 20

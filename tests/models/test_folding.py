@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, VOCAB, make_model
 
-from quantkit.models.folding import fold_factor, fold_rope_factor, share_over_query_heads
-from quantkit.models.structure import INPUT_GROUPS, find_structure
+from quantkit.models.folding import fold_factor, fold_rope_factor
+from quantkit.models.groups import PLACES
+from quantkit.models.structure import find_structure
 
 
 def logits(model) -> torch.Tensor:
@@ -23,17 +24,17 @@ def same(after: torch.Tensor, before: torch.Tensor) -> bool:
     return float((after - before).norm() / before.norm()) < 1e-11
 
 
-@pytest.mark.parametrize("group", INPUT_GROUPS, ids=lambda g: g.name)
-def test_channel_factors(model, group):
+@pytest.mark.parametrize("place", PLACES)
+def test_channel_factors(model, place):
     structure, before = find_structure(model, "m"), logits(model)
     generator = torch.Generator().manual_seed(4)
-    for layer in model.model.layers:
+    for number, layer in enumerate(model.model.layers):
+        (group,) = structure.layer(number).place(place)
         columns = layer.get_submodule(group.linears[0]).weight.shape[1]
         d = torch.empty(columns, dtype=torch.float64).uniform_(0.05, 20, generator=generator)
-        if group.name == "o":
-            d = share_over_query_heads(d, structure)
+        d = group.feeder.shared(d)
         weight = layer.get_submodule(group.linears[0]).weight.clone()
-        applied = fold_factor(layer, group, d, structure, torch.float64)
+        applied = fold_factor(layer, group, d, torch.float64)
         assert torch.allclose(applied, d)
         assert not torch.allclose(layer.get_submodule(group.linears[0]).weight, weight), (
             "nothing was folded"
@@ -49,17 +50,17 @@ def test_a_norm_in_bf16_takes_only_what_it_can_hold(model):
         norm.data = norm.data.bfloat16().double()
         norm.data[3] = 0.0
     before = logits(model)
-    for layer in model.model.layers:
+    for number, layer in enumerate(model.model.layers):
         d = torch.linspace(0.1, 9.7, 256, dtype=torch.float64)
-        fold_factor(layer, INPUT_GROUPS[0], d, structure, torch.bfloat16)
+        fold_factor(layer, structure.groups(number)[0], d, torch.bfloat16)
         stored = layer.input_layernorm.weight
         assert torch.equal(stored, stored.bfloat16().double())
     assert same(logits(model), before)
 
 
 def test_a_factor_of_o_proj_is_one_for_all_query_heads_of_a_kv_head(model):
-    structure = find_structure(model, "m")
-    d = share_over_query_heads(torch.rand(256, dtype=torch.float64) + 0.1, structure).view(2, 2, 64)
+    (o,) = find_structure(model, "m").layer(0).place("o")
+    d = o.feeder.shared(torch.rand(256, dtype=torch.float64) + 0.1).view(2, 2, 64)
     assert torch.equal(d[:, 0], d[:, 1])
 
 
@@ -69,12 +70,13 @@ def test_rope_factors(model):
         0.05, 20, generator=torch.Generator().manual_seed(5)
     )
     a = torch.cat([a, a], 1)
+    shape = structure.layer(0).attention
     for layer in model.model.layers:
-        applied = fold_rope_factor(layer, a, structure)
+        applied = fold_rope_factor(layer, a, shape)
         assert torch.equal(applied[:, :32], applied[:, 32:]), (
             "both members of a RoPE pair need one factor"
         )
-        if structure.key_norm:
+        if shape.key_norm:
             assert torch.equal(applied.log2(), applied.log2().round()), (
                 "q_norm and k_norm are stored in 16 bits"
             )

@@ -3,7 +3,8 @@ import torch
 from tiny_models import ARCHITECTURES, make_config
 
 from quantkit.errors import QuantkitError
-from quantkit.models.structure import LINEARS, build_skeleton, find_structure, load_config
+from quantkit.models.groups import PLACES, Attention
+from quantkit.models.structure import build_skeleton, find_structure, load_config
 
 _TINY = {
     "hidden_size": 64,
@@ -20,10 +21,13 @@ _TINY = {
 def test_supported(model_type: str):
     model = build_skeleton(make_config(model_type), model_type)
     found = find_structure(model, model_type)
-    assert (found.num_layers, found.heads, found.kv_heads, found.head_dim) == (2, 4, 2, 64)
-    assert found.key_norm == (model_type == "qwen3")
-    assert set(found.shapes) == set(LINEARS)
-    assert found.shapes["mlp.down_proj"] == (256, 384)
+    assert found.num_layers == 2
+    layer = found.layer(0)
+    assert layer.attention == Attention("self_attn", 4, 2, 64, model_type == "qwen3")
+    assert [group.name for group in layer.groups] == list(PLACES)
+    assert set(layer.shapes) == {name for group in layer.groups for name in group.linears}
+    assert layer.shapes["mlp.down_proj"] == (256, 384)
+    assert found.shapes()["model.layers.1.mlp.down_proj"] == (256, 384)
     assert len(list(found.modules())) == 14
     assert all(p.is_meta for p in model.parameters())
     assert not any(b.is_meta for b in model.buffers()), "RoPE's frequencies must be real"
