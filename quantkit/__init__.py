@@ -1,7 +1,8 @@
 """quantkit: post-training quantization for Hugging Face causal language models.
 
 `quantkit.quantize(model, recipe, output=...)` writes a packed checkpoint, `quantkit.load(path)` gives a
-transformers model that runs it, `quantkit.Recipe` describes what is quantized and how.
+transformers model that runs it, `quantkit.Recipe` describes what is quantized and how. Importing it makes
+transformers' own `from_pretrained` run such checkpoints too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from quantkit import _checkout
+from quantkit.integrations.on_import import when_imported
 
 _checkout.enable(__path__)
 
@@ -27,6 +29,16 @@ _LAZY = {
     "load": "quantkit.runtime.load",
     "quantize": "quantkit.pipeline",
 }
+
+
+def _register_with_transformers() -> None:
+    from quantkit.integrations.transformers import register
+
+    register()
+
+
+# transformers has no entry point for quantizers. Importing it here would cost seconds at every `--help`.
+when_imported("transformers.quantizers.auto", _register_with_transformers)
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,9 @@ _CT_VERSION = "0.17.0"
 ONLINE_HADAMARD = "online_hadamard"
 HALF_INTEGER_GRID = "half_integer_grid"
 KNOWN_REQUIREMENTS = frozenset({ONLINE_HADAMARD, HALF_INTEGER_GRID})
+# What a loader without our integration would compute wrongly in silence carries this as its format, which
+# none knows: each refuses, and shows the value (of which pydantic shows 50 characters).
+NEEDS_QUANTKIT = "pip install quantkit, import quantkit first"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,10 @@ def requirements(schemes: dict[str, Scheme]) -> list[str]:
     return sorted(needs)
 
 
-def _layout(weights: WeightFormat) -> str:
+def _layout(scheme: Scheme) -> str:
+    if requirements({"": scheme}):
+        return NEEDS_QUANTKIT
+    weights = scheme.weights
     return "pack-quantized" if weights.bits == 4 else "int-quantized"
 
 
@@ -111,7 +117,7 @@ def build_quantization_config(
         names = [name for name, s in schemes.items() if s == scheme]
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if len(distinct) == 1 else names,
-            "format": _layout(scheme.weights),
+            "format": _layout(scheme),
             "weights": _weight_args(scheme.weights),
             "input_activations": _activation_args(scheme.activations),
             "output_activations": None,

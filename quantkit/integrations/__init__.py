@@ -1,1 +1,1 @@
-"""How other libraries load what quantkit writes."""
+"""Other libraries' ways to load a checkpoint, taught to run ours."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -40,6 +42,15 @@ class QuantLinear(nn.Module):
         for name, (dtype, shape) in expected_tensors(scheme, out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=_DTYPES[dtype], device="meta"))
         self.register_buffer("bias", torch.empty(out_features, device="meta") if bias else None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """`model.to(dtype)` is for activations: codes and scales keep their types."""
+
+        def keeping(tensor: torch.Tensor) -> torch.Tensor:
+            moved: torch.Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keeping, recurse)
 
     @property
     def packed(self) -> torch.Tensor:

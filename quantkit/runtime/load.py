@@ -20,6 +20,7 @@ from quantkit.runtime.attention import NAME, KVQuantizer, register
 from quantkit.runtime.cache import generate_with_packed_cache
 from quantkit.runtime.linear import QuantLinear
 from quantkit.runtime.patch import patch
+from quantkit.runtime.save import save_as_checkpoint
 
 # What loading needs beside the weights: the largest layer twice while it is repacked, and some air.
 _REPACKING_BYTES = 1 << 30
@@ -53,14 +54,16 @@ def load(
         register()
     _check_memory(checkpoint, device)
     skeleton: Any = build_skeleton(config, str(model), attention=NAME if info.kv_cache else "sdpa")
-    _replace_linears(skeleton, checkpoint, info)
+    replace_linears(skeleton, checkpoint, info)
     _fill(skeleton, checkpoint, dtype or _dtype_of(config))
     if info.kv_cache:
-        _attach_quantizers(skeleton, checkpoint, info)
+        attach_quantizers(skeleton, checkpoint, info)
         generate_with_packed_cache(skeleton)
     skeleton.to(device)
     if fused:
         patch(skeleton)
+    if info.schemes:
+        save_as_checkpoint(skeleton, checkpoint)
     _generation_config(skeleton, checkpoint.path)
     return skeleton.eval()
 
@@ -89,7 +92,16 @@ def _dtype_of(config: Any) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
 
 
-def _replace_linears(model: nn.Module, checkpoint: Checkpoint, info: QuantizationInfo) -> None:
+def replace_linears(model: nn.Module, checkpoint: Checkpoint, info: QuantizationInfo) -> None:
+    """Put an empty `QuantLinear` in the place of each quantized linear.
+
+    Raises:
+        QuantkitError: the model has no such linear, or its tensors are not those of its scheme.
+    """
+    stored: dict[str, set[str]] = {}
+    for tensor in checkpoint.tensors:
+        module, _, suffix = tensor.rpartition(".")
+        stored.setdefault(module, set()).add(suffix)
     for name, scheme in info.schemes.items():
         try:
             linear = model.get_submodule(name)
@@ -99,9 +111,13 @@ def _replace_linears(model: nn.Module, checkpoint: Checkpoint, info: Quantizatio
             raise QuantkitError(
                 f"{checkpoint.path}: config.json says {name} is quantized; the model has no such linear"
             )
-        for suffix, (dtype, shape) in expected_tensors(
-            scheme, linear.out_features, linear.in_features
-        ).items():
+        expected = expected_tensors(scheme, linear.out_features, linear.in_features)
+        for suffix in sorted(stored.get(name, set()) - expected.keys() - {"bias"}):
+            # A zero point, say: whoever wrote it meant other numbers than we would read.
+            raise QuantkitError(
+                f"{checkpoint.path}: {name}.{suffix} is not a tensor of {scheme}; the checkpoint was changed"
+            )
+        for suffix, (dtype, shape) in expected.items():
             found = checkpoint.tensors.get(f"{name}.{suffix}")
             if found is None or (found.dtype, found.shape) != (dtype, shape):
                 what = f"is {found.dtype} {list(found.shape)}" if found else "is missing"
@@ -115,30 +131,38 @@ def _replace_linears(model: nn.Module, checkpoint: Checkpoint, info: Quantizatio
         setattr(model.get_submodule(parent), child, packed)
 
 
+def check_complete(model: Any, checkpoint: Checkpoint) -> None:
+    """Every parameter and stored buffer of a model has its tensor in the file, in its shape; from headers alone.
+
+    Raises:
+        QuantkitError: one is missing, or of another shape.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    for name, empty in model.state_dict(keep_vars=True).items():
+        found = checkpoint.tensors.get(name)
+        if found is None and name not in tied:
+            raise QuantkitError(
+                f"{checkpoint.path}: tensor {name!r} is missing; the checkpoint is not complete"
+            )
+        if found is not None and found.shape != tuple(empty.shape):
+            raise QuantkitError(
+                f"{checkpoint.path}: {name} is {list(found.shape)}, {list(empty.shape)} is expected"
+            )
+
+
 def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Give every parameter and stored buffer its tensor; none may be left without."""
     model.tie_weights()
+    check_complete(model, checkpoint)
     state: dict[str, torch.Tensor] = {}
-    missing = []
     quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    for name, empty in model.state_dict(keep_vars=True).items():
+    for name in model.state_dict(keep_vars=True):
         if name not in checkpoint.tensors:
-            missing.append(name)
             continue
         tensor = checkpoint.read(name) if quantized else checkpoint.load(name)
         module, _, kind = name.rpartition(".")
-        if tuple(tensor.shape) != tuple(empty.shape):
-            raise QuantkitError(
-                f"{checkpoint.path}: {name} is {list(tensor.shape)}, {list(empty.shape)} is expected"
-            )
         packed = module in quantized and kind != "bias"
         state[name] = tensor if packed else tensor.to(dtype)
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    absent = [name for name in missing if name not in tied]
-    if absent:
-        raise QuantkitError(
-            f"{checkpoint.path}: tensor {absent[0]!r} is missing; the checkpoint is not complete"
-        )
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     for parameter in model.parameters():
@@ -150,7 +174,7 @@ def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         )
 
 
-def _attach_quantizers(model: nn.Module, checkpoint: Checkpoint, info: QuantizationInfo) -> None:
+def attach_quantizers(model: nn.Module, checkpoint: Checkpoint, info: QuantizationInfo) -> None:
     """One KVQuantizer per attention layer, with its post-RoPE scale where the file has one."""
     assert info.kv_cache
     scales: dict[str, torch.Tensor] = {}
@@ -168,7 +192,10 @@ def _attach_quantizers(model: nn.Module, checkpoint: Checkpoint, info: Quantizat
         m for m in model.modules() if hasattr(m, "k_proj") and hasattr(m, "layer_idx")
     ]
     for attention in attentions:
-        attention.kv_quantizer = KVQuantizer(info.kv_cache, scales.get(str(attention.layer_idx)))
+        scale = scales.get(str(attention.layer_idx))
+        if scale is None and info.meta.get("post_rope_scale"):
+            raise QuantkitError(f"{path}: holds nothing for layer {attention.layer_idx}")
+        attention.kv_quantizer = KVQuantizer(info.kv_cache, scale)
 
 
 def _generation_config(model: Any, path: Path) -> None:

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.config import build_quantization_config, parse_quantization_config
+from quantkit.formats.config import (
+    NEEDS_QUANTKIT,
+    build_quantization_config,
+    parse_quantization_config,
+)
 from quantkit.formats.packed import expected_tensors, packed_tensors
 from quantkit.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat
 
@@ -68,7 +72,7 @@ def test_golden_w4a16():
     [
         (W8A8, "int-quantized", (8, "int", "channel"), (8, "int")),
         (W4A8_FP8, "pack-quantized", (4, "int", "group"), (8, "float")),
-        (QUEST, "pack-quantized", (4, "int", "group"), (4, "int")),
+        (QUEST, NEEDS_QUANTKIT, (4, "int", "group"), (4, "int")),
     ],
 )
 def test_golden_schemes(scheme, form, weights, activations):

@@ -3,12 +3,21 @@
 import pytest
 import torch
 from tiny_models import VOCAB
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, CompressedTensorsConfig
 
 from quantkit.runtime.fusion import LinearPart
 from quantkit.runtime.linear import QuantLinear
 from quantkit.runtime.load import load
 
 pytest.importorskip("compressed_tensors")
+
+
+@pytest.fixture(autouse=True)
+def without_quantkit(monkeypatch):
+    """transformers as it is where quantkit was not imported."""
+    monkeypatch.setitem(
+        AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", CompressedTensorsConfig
+    )
 
 
 def logits(model) -> torch.Tensor:
