@@ -104,19 +104,20 @@ class QuantLinear(nn.Module):
         )
         return output
 
-    def arguments(self, x: torch.Tensor) -> tuple[object, ...]:
-        """The op's arguments for an input [..., K]."""
+    def arguments(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[object, ...]:
+        """The op's arguments for an input [..., K], with a bias in the place of the layer's own if one is given."""
         scheme, acts = self.scheme, self.scheme.activations
+        bias = self.bias if bias is None else bias
         if scheme.weights.half:
             assert acts is not None
             assert scheme.rotation is not None
-            return (x, self.packed, self.weight_scale, self.bias, acts.bits, scheme.rotation)
+            return (x, self.packed, self.weight_scale, bias, acts.bits, scheme.rotation)
         if scheme.rotation:
             x = hadamard(x, scheme.rotation)
         if acts is None:
-            return (x, self.packed, self.weight_scale, self.bias)
+            return (x, self.packed, self.weight_scale, bias)
         codes, scale = quantize_activation(x, acts)
-        return (codes, scale, self.packed, self.weight_scale, self.bias, x.dtype)
+        return (codes, scale, self.packed, self.weight_scale, bias, x.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.op(*self.arguments(x))

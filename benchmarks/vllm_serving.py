@@ -1,0 +1,418 @@
+"""Every recipe served by vLLM: log-probabilities, clients, broken checkpoints, two ranks, a thousand requests.
+
+    QUANTKIT_VLLM_PYTHON=/path/to/vllm/bin/python python benchmarks/vllm_serving.py [part...]
+
+Parts: agree, stock, float32, clients, broken, parallel, soak (all of them, if none is named). The
+interpreter named is that of an environment with vLLM and quantkit; this script runs in quantkit's own.
+Exits with 1 where a bar is missed. Results go to benchmarks/results/vllm-serving.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit import load, quantize
+from quantkit.calibration.data import read_text, tokenize
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.writer import save_tensors
+from quantkit.models.names import bundled_path
+from quantkit.pipeline import load_tokenizer
+
+PYTHON_ENV = "QUANTKIT_VLLM_PYTHON"
+RESULTS = Path(__file__).parent / "results" / "vllm-serving.json"
+CLIENT = Path(__file__).parent / "openai_client.py"
+RECIPES = (
+    "int4", "int8", "crossquant", "crossquant-w4a8", "fireq", "quest-hadamard", "quest-hadamard-w4a4",
+)  # fmt: skip
+WEIGHT_ONLY = {"int4"}
+WINDOWS, SEQLEN = 8, 500
+START_SECONDS = 300
+# Mean absolute difference of log-probabilities; share of positions whose likeliest token is the same.
+WEIGHT_BAR, ACTIVATION_BAR, GREEDY_BAR = 0.02, 0.08, 0.95
+Scores = tuple[torch.Tensor, torch.Tensor]
+
+
+class Server:
+    """vLLM's OpenAI server on a free port of this machine, as a context manager.
+
+    Args:
+        plugin: with quantkit's plugin; without it, stock vLLM.
+        options: of vLLM's command line.
+    """
+
+    def __init__(self, folder: Path, *options: str, plugin: bool = True) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        variables = {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        if not plugin:
+            variables["VLLM_PLUGINS"] = ""
+        command = [
+            *(vllm_python(), "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"),
+            *("--model", str(folder), "--served-model-name", "model", "--max-model-len", "512"),
+            *("--host", "127.0.0.1", "--port", str(self.port), *options),
+        ]
+        self.process = subprocess.Popen(
+            command, env=os.environ | variables, stdout=self.log, stderr=subprocess.STDOUT,
+            start_new_session=True, cwd=tempfile.gettempdir(),
+        )  # fmt: skip
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+    def ready(self) -> bool:
+        """Wait until it answers (True) or has ended (False)."""
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).read()
+                return True
+            except OSError:
+                time.sleep(1)
+        return False
+
+    def output(self) -> str:
+        self.log.flush()
+        self.log.seek(0)
+        return self.log.read()
+
+    def post(self, **body: Any) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/completions",
+            json.dumps({"model": "model", "temperature": 0, **body}).encode(),
+            {"content-type": "application/json"},
+        )
+        answer: dict[str, Any] = json.loads(urllib.request.urlopen(request, timeout=300).read())
+        return answer
+
+    def scores(self, windows: torch.Tensor) -> Scores:
+        """Log-probability of each window's tokens after its first, and the likeliest tokens there."""
+        values, likeliest = [], []
+        for window in windows.tolist():
+            answer = self.post(prompt=window, max_tokens=1, prompt_logprobs=1)
+            entries = answer["choices"][0]["prompt_logprobs"][1:]
+            values.append([e[str(token)]["logprob"] for e, token in zip(entries, window[1:])])
+            likeliest.append(
+                [next(int(t) for t, one in e.items() if one["rank"] == 1) for e in entries]
+            )
+        return torch.tensor(values), torch.tensor(likeliest)
+
+    def memory(self) -> int:
+        """Bytes of all its processes that no other process shares (proportional set size)."""
+        total = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                session = int(stat.read_text().rpartition(")")[2].split()[3])
+                if session == self.process.pid:
+                    rollup = (stat.parent / "smaps_rollup").read_text()
+                    total += next(
+                        int(line.split()[1]) * 1024
+                        for line in rollup.splitlines()
+                        if line.startswith("Pss:")
+                    )
+            except (OSError, StopIteration):
+                continue
+        return total
+
+
+def vllm_python() -> str:
+    python = os.environ.get(PYTHON_ENV)
+    if not python:
+        sys.exit(f"name the interpreter of an environment with vLLM and quantkit in ${PYTHON_ENV}")
+    return python
+
+
+def windows() -> torch.Tensor:
+    tokens = tokenize(load_tokenizer(bundled_path()), read_text("sample", split="test"))
+    return tokens[: WINDOWS * SEQLEN].view(WINDOWS, SEQLEN)
+
+
+@torch.no_grad()
+def model_scores(model: Any, texts: torch.Tensor) -> Scores:
+    logits = [model(text[None], use_cache=False).logits.float().log_softmax(-1) for text in texts]
+    scores = torch.cat(logits)[:, :-1]
+    return scores.gather(-1, texts[:, 1:, None])[..., 0], scores.argmax(-1)
+
+
+def native_scores(folder: Path, texts: torch.Tensor) -> Scores:
+    from transformers import AutoModelForCausalLM
+
+    return model_scores(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), texts)
+
+
+def compare(a: Scores, b: Scores) -> dict[str, float]:
+    return {
+        "difference": round(float((a[0] - b[0]).abs().mean()), 4),
+        "greedy": round(float((a[1] == b[1]).float().mean()), 4),
+        "perplexity": round(float((-a[0].mean()).exp()), 3),
+    }
+
+
+class Run:
+    """What was found, and what missed its bar."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.texts = work, windows()
+        self.rows: dict[str, Any] = {}
+        self.missed: list[str] = []
+
+    def checkpoint(self, recipe: str) -> Path:
+        folder = self.work / recipe
+        if not (folder / "config.json").is_file():
+            quantize(str(bundled_path()), recipe, folder, overwrite=True)
+        return folder
+
+    def note(self, part: str, name: str, **row: Any) -> None:
+        self.rows.setdefault(part, {})[name] = row
+        print(f"{part:9} {name:22} {json.dumps(row)}", flush=True)
+
+    def demand(self, holds: bool, what: str) -> None:
+        if not holds:
+            self.missed.append(what)
+            print(f"MISSED: {what}", flush=True)
+
+
+def agree(run: Run) -> None:
+    """vLLM with the plugin beside quantkit.load, and beside what transformers alone makes of it.
+
+    `own` is quantkit.load beside itself with its layers unfused: what the order of bf16 sums alone does.
+    """
+    for recipe in RECIPES:
+        folder = run.checkpoint(recipe)
+        own = model_scores(load(folder), run.texts)
+        spread = compare(model_scores(load(folder, fused=False), run.texts), own)
+        with Server(folder) as server:
+            run.demand(server.ready(), f"{recipe}: the server starts")
+            served = server.scores(run.texts)
+            said = sorted(
+                {line.partition("quantkit: ")[2] for line in server.output().splitlines()}
+            )
+        found = compare(served, own)
+        row: dict[str, Any] = {"load": found, "own": spread, "log": [line for line in said if line]}
+        if not recipe.startswith(("quest", "fireq")):
+            row["transformers"] = compare(served, native_scores(folder, run.texts))
+        run.note("agree", recipe, **row)
+        bar = WEIGHT_BAR if recipe in WEIGHT_ONLY else ACTIVATION_BAR
+        run.demand(
+            found["difference"] <= bar, f"{recipe}: difference {found['difference']} <= {bar}"
+        )
+        run.demand(
+            found["greedy"] >= GREEDY_BAR, f"{recipe}: greedy {found['greedy']} >= {GREEDY_BAR}"
+        )
+
+
+def float32(run: Run) -> None:
+    """The formats that are quantkit's own, in float32 on both sides: without bf16 there is little left to differ."""
+    for recipe in RECIPES[3:]:
+        folder = run.checkpoint(recipe)
+        own = model_scores(load(folder, dtype=torch.float32), run.texts)
+        with Server(folder, "--dtype", "float32") as server:
+            run.demand(server.ready(), f"{recipe}: the server starts in float32")
+            found = compare(server.scores(run.texts), own)
+        run.note("float32", recipe, **found)
+        run.demand(found["difference"] <= WEIGHT_BAR, f"{recipe}: {found['difference']} in float32")
+
+
+def stock(run: Run) -> None:
+    """vLLM without the plugin: refused, the same, or something else that has to be known."""
+    original = model_scores(load("llama"), run.texts)
+    for recipe in RECIPES:
+        folder = run.checkpoint(recipe)
+        with Server(folder, plugin=False) as server:
+            if not server.ready():
+                last = server.output().strip().splitlines()
+                error = next((line for line in reversed(last) if "Error" in line), last[-1])
+                run.note("stock", recipe, refused=error[-160:])
+                continue
+            served = server.scores(run.texts)
+        own = compare(served, model_scores(load(folder), run.texts))
+        run.note("stock", recipe, load=own, bf16=compare(served, original))
+
+
+def clients(run: Run) -> None:
+    """The openai package: a stream, a chat, 32 requests at once, a client that stops, a prompt too long."""
+    for recipe in ("fireq", "crossquant-w4a8"):
+        with Server(run.checkpoint(recipe)) as server:
+            run.demand(server.ready(), f"{recipe}: the server starts")
+            done = subprocess.run(
+                [vllm_python(), str(CLIENT), str(server.port)], capture_output=True, text=True, timeout=600
+            )  # fmt: skip
+            run.demand(
+                done.returncode == 0, f"{recipe}: the client is content: {done.stderr[-400:]}"
+            )
+            if done.returncode == 0:
+                run.note("clients", recipe, **json.loads(done.stdout))
+
+
+def _without(folder: Path, name: str) -> None:
+    checkpoint = Checkpoint(folder)
+    tensors = {n: checkpoint.read(n) for n in checkpoint.tensors if n != name}
+    save_tensors(tensors, folder / "model.safetensors")
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _change(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["quantkit"] |= changes
+    path.write_text(json.dumps(config))
+
+
+def broken(run: Run) -> None:
+    """A broken checkpoint ends the server with one line that says what is wrong."""
+    layer = "model.layers.1"
+    cases: dict[str, tuple[Any, str]] = {
+        "cut file": (_cut, "corrupted safetensors file"),
+        "no scale": (
+            lambda f: _without(f, f"{layer}.mlp.up_proj.weight_scale"),
+            "up_proj.weight_scale' is missing",
+        ),
+        "no norm": (
+            lambda f: _without(f, f"{layer}.input_layernorm.weight"),
+            "input_layernorm.weight' is missing",
+        ),
+        "no key scales": (
+            lambda f: (f / "quantkit" / "kv.safetensors").unlink(),
+            "kv.safetensors: is missing",
+        ),
+        "unknown requirement": (
+            lambda f: _change(f, requires=["time_travel"]),
+            "requires time_travel; pip install --upgrade quantkit",
+        ),
+        "newer schema": (lambda f: _change(f, schema=99), "pip install --upgrade quantkit"),
+    }
+    for name, (breaks, expected) in cases.items():
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "broken"
+            shutil.copytree(run.checkpoint("fireq"), folder)
+            breaks(folder)
+            with Server(folder) as server:
+                started = server.ready()
+                lines = [line for line in server.output().splitlines() if expected in line]
+                code = server.process.poll()
+        run.note("broken", name, exit=code, line=lines[-1][-200:] if lines else None)
+        run.demand(not started and code not in (0, None), f"{name}: the server ends with an error")
+        run.demand(bool(lines), f"{name}: a line says {expected!r}")
+
+
+def parallel(run: Run) -> None:
+    """Two ranks beside one: the same tokens but for what two halves of a row round differently."""
+    for recipe in ("int4", "fireq", "quest-hadamard"):
+        folder = run.checkpoint(recipe)
+        with Server(folder, "--tensor-parallel-size", "2") as server:
+            if not server.ready():
+                run.note("parallel", recipe, log=server.output()[-600:])
+                run.demand(False, f"{recipe}: two ranks start")
+                continue
+            served = server.scores(run.texts)
+        found = compare(served, model_scores(load(folder), run.texts))
+        run.note("parallel", recipe, **found)
+        bar = 2 * (WEIGHT_BAR if recipe in WEIGHT_ONLY else ACTIVATION_BAR)
+        run.demand(
+            found["difference"] <= bar, f"{recipe}: two ranks differ by {found['difference']}"
+        )
+
+
+def soak(run: Run) -> None:
+    """A thousand requests in a row: none fails, memory grows by no more than 5 % after the first hundred."""
+    with Server(run.checkpoint("fireq")) as server:
+        run.demand(server.ready(), "the server starts")
+        text = run.texts[0].tolist()
+        failed, at_100, started = 0, 0, time.monotonic()
+        for number in range(1000):
+            begin = number % 300
+            try:
+                answer = server.post(prompt=text[begin : begin + 20 + number % 150], max_tokens=16)
+                failed += not answer["choices"][0]["text"]
+            except OSError:
+                failed += 1
+            if number == 99:
+                at_100 = server.memory()
+        growth = server.memory() / at_100 - 1
+    seconds = round(time.monotonic() - started, 1)
+    run.note(
+        "soak",
+        "fireq",
+        failed=failed,
+        growth=round(growth, 4),
+        megabytes=at_100 >> 20,
+        seconds=seconds,
+    )
+    run.demand(failed == 0, f"{failed} of 1000 requests failed")
+    run.demand(growth <= 0.05, f"memory grew by {growth:.1%}")
+
+
+PARTS = {
+    part.__name__: part for part in (agree, float32, stock, clients, broken, parallel, soak)
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help=", ".join(PARTS))
+    parser.add_argument(
+        "--work", type=Path, help="where checkpoints are kept (default: a new folder)"
+    )
+    options = parser.parse_args()
+    vllm_python()
+    with tempfile.TemporaryDirectory() as place:
+        run = Run(options.work or Path(place))
+        for part in options.parts or PARTS:
+            PARTS[part](run)
+    _keep(run)
+    return 1 if run.missed else 0
+
+
+def _keep(run: Run) -> None:
+    """Put the parts that ran into the file of results, beside those of earlier runs."""
+    kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    version = subprocess.run(
+        [vllm_python(), "-c", "import importlib.metadata as m; print(m.version('vllm-cpu'))"],
+        capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    kept |= run.rows
+    kept["machine"] = {
+        "processor": platform.processor() or platform.machine(),
+        "vllm-cpu": version,
+        "torch": torch.__version__,
+    }
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""vLLM runs what quantkit writes: a plugin that vLLM finds by itself once quantkit is installed beside it.
+
+A checkpoint is claimed by the `quantkit` key of its `quantization_config`. Formats that vLLM has a kernel
+for run on vLLM's kernel, the others on quantkit's; `kernels.py` says which.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+NAME = "quantkit"
+# Read and tried with this version; the plugin uses parts of vLLM that change between releases.
+OLDEST = (0, 32)
+
+
+def register() -> None:
+    """vLLM's entry point `vllm.general_plugins`: called in every process of a server, perhaps twice.
+
+    Nothing of vLLM or torch is imported before it is called.
+    """
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from quantkit.integrations.vllm.config import QuantkitConfig
+
+    _check_version()
+    register_quantization_config(NAME)(QuantkitConfig)
+    register_backend(
+        AttentionBackendEnum.CUSTOM, "quantkit.integrations.vllm.attention.PackedBackend"
+    )
+
+
+def _check_version() -> None:
+    import vllm
+    from vllm.logger import init_logger
+
+    numbers = tuple(int(n) for n in vllm.__version__.split("+")[0].split(".")[:2] if n.isdigit())
+    if numbers < OLDEST:
+        init_logger("vllm.quantkit").warning(
+            "quantkit's plugin was written for vLLM %d.%d, this is %s: pip install --upgrade vllm",
+            *OLDEST,
+            vllm.__version__,
+        )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "QuantkitConfig":
+        from quantkit.integrations.vllm.config import QuantkitConfig
+
+        return QuantkitConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,159 @@
+"""Which kernel serves a scheme under vLLM, and whether a tensor-parallel split keeps its groups whole.
+
+Plain code: nothing of vLLM is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.scheme import Scheme
+
+NATIVE = "vLLM"  # vLLM's own kernel, through its compressed-tensors support
+OURS = "quantkit"
+# `quantkit` runs every linear on quantkit's kernels: exact FireQ scales on Hopper, say.
+LINEAR_ENV = "QUANTKIT_VLLM_LINEAR"
+_HOPPER = 90
+_OLDEST_GPU = 80  # of quantkit's Triton kernels
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where vLLM runs: `cpu`, `cuda` or another name, and the compute capability (90: Hopper)."""
+
+    device: str
+    capability: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who runs a scheme, and what a user should know about it."""
+
+    kernel: str
+    note: str
+
+    @property
+    def emulated(self) -> bool:
+        return "EMULATED" in self.note
+
+
+def choose(scheme: Scheme, platform: Platform) -> Choice:
+    """The kernel for one scheme.
+
+    Raises:
+        QuantkitError: nobody has one for it here, or `QUANTKIT_VLLM_LINEAR` names none.
+    """
+    wish = os.environ.get(LINEAR_ENV, "")
+    if wish not in ("", OURS):
+        raise QuantkitError(f"{LINEAR_ENV}={wish}: unknown; use {OURS}, or leave it out")
+    if not wish and _is_native(scheme, platform):
+        return Choice(NATIVE, "vLLM's own kernel")
+    if platform.device == "cpu":
+        if scheme.activations is None:
+            return Choice(OURS, "quantkit's CPU kernel")
+        return Choice(
+            OURS, "EMULATED on the CPU: the numbers of this format, no claim about its speed"
+        )
+    if platform.device == "cuda":
+        if platform.capability is None or platform.capability < _OLDEST_GPU:
+            raise QuantkitError(
+                f"{scheme}: quantkit's kernels need compute capability 8.0, this GPU has "
+                f"{(platform.capability or 0) / 10}; use another recipe, int4 or int8"
+            )
+        return Choice(OURS, "quantkit's Triton kernel")
+    raise QuantkitError(
+        f"{scheme}: vLLM has no kernel for it on {platform.device}, and quantkit's run on cpu and cuda"
+    )
+
+
+def _is_native(scheme: Scheme, platform: Platform) -> bool:
+    """Whether vLLM's own kernel computes this scheme, as read in vLLM 0.32."""
+    weights, acts = scheme.weights, scheme.activations
+    if weights.half or scheme.rotation:
+        return False
+    if acts is None:
+        return weights.bits == 4  # W4A16, by groups or channels
+    if acts.half:
+        return False
+    if weights.bits == acts.bits == 8:
+        return weights.group_size is None  # W8A8 per channel
+    # W4A8-FP8: on Hopper alone, its kernel rounds q * s to e4m3 as FireQ's does.
+    return (
+        (weights.bits, acts.bits, acts.type, weights.group_size) == (4, 8, "float", 128)
+        and platform.device == "cuda"
+        and platform.capability == _HOPPER
+    )
+
+
+def find_scheme(
+    name: str, schemes: Mapping[str, Scheme], fused: Mapping[str, Sequence[str]]
+) -> Scheme | None:
+    """The scheme of a vLLM module, or None where it is not quantized.
+
+    Args:
+        name: vLLM's name, in which q, k and v are one module.
+        schemes: checkpoint's module name -> scheme.
+        fused: `qkv_proj` -> [`q_proj`, `k_proj`, `v_proj`], as each vLLM model says it.
+
+    Raises:
+        QuantkitError: the parts of a fused module differ.
+    """
+    if name in schemes:
+        return schemes[name]
+    parent, _, last = name.rpartition(".")
+    parts = [f"{parent}.{part}" if parent else part for part in fused.get(last, ())]
+    found = {schemes.get(part) for part in parts}
+    if len(found) > 1:
+        kinds = ", ".join(f"{p.rpartition('.')[2]}: {schemes.get(p) or '16 bits'}" for p in parts)
+        raise QuantkitError(
+            f"{name}: vLLM runs {len(parts)} linears as one, which needs one format ({kinds}); "
+            "quantize them alike, or use quantkit.load"
+        )
+    return found.pop() if found else None
+
+
+def check_split(name: str, scheme: Scheme, inputs: int, inputs_per_rank: int) -> None:
+    """Whether each rank's part of the inputs holds whole groups and whole rotation blocks.
+
+    Raises:
+        QuantkitError: it does not.
+    """
+    units = {
+        "groups of {}": scheme.weights.group_size or 1,
+        "rotation blocks of {}": scheme.rotation or 1,
+    }
+    for what, size in units.items():
+        if inputs_per_rank % size:
+            ranks = inputs // inputs_per_rank
+            raise QuantkitError(
+                f"{name}: {inputs} inputs over {ranks} ranks cut {what.format(size)}; "
+                "use a smaller --tensor-parallel-size"
+            )
+
+
+def head_slice(
+    kv_heads: int, rank: int, ranks: int, heads_per_rank: int | None = None
+) -> tuple[int, int]:
+    """The KV heads [first, last) that a rank holds: its share, or, with fewer heads than ranks, the one it repeats.
+
+    Raises:
+        QuantkitError: the heads do not divide so.
+    """
+    if kv_heads >= ranks and kv_heads % ranks == 0:
+        first, count = rank * (kv_heads // ranks), kv_heads // ranks
+    elif kv_heads < ranks and ranks % kv_heads == 0:
+        first, count = rank // (ranks // kv_heads), 1
+    else:
+        raise QuantkitError(
+            f"{kv_heads} KV heads over {ranks} ranks: neither divides the other; "
+            "use another --tensor-parallel-size"
+        )
+    if heads_per_rank is not None and heads_per_rank != count:
+        raise QuantkitError(
+            f"{kv_heads} KV heads over {ranks} ranks: vLLM gives this rank {heads_per_rank}, not {count}; "
+            "the scales of quantkit/kv.safetensors do not fit"
+        )
+    return first, first + count

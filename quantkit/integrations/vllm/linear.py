@@ -1,0 +1,109 @@
+"""Linear layers of vLLM whose format vLLM has no kernel for, on quantkit's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+    PackedvLLMParameter,
+)
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.packed import expected_tensors
+from quantkit.formats.scheme import Scheme
+from quantkit.integrations.vllm.kernels import check_split
+from quantkit.runtime.linear import QuantLinear
+
+_DTYPES = {"I32": torch.int32, "I64": torch.int64, "I8": torch.int8, "BF16": torch.bfloat16}
+
+
+@register_weight_loader_v2_supported_method
+class QuantkitLinearMethod(LinearMethodBase):
+    """The checkpoint's tensors become a rank's share of a `QuantLinear`.
+
+    Outputs are split over ranks, or inputs with their group scales; a fused layer (qkv, gate and up) has
+    its parts' rows one after the other. Activations are rounded per token, so where inputs are split each
+    rank rounds its own part by that part's maximum.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        check_split(
+            str(getattr(layer, "prefix", "linear")),
+            self.scheme,
+            input_size,
+            input_size_per_partition,
+        )
+        load: Callable[..., None] = extra["weight_loader"]
+        rows = sum(output_partition_sizes)
+        tensors = expected_tensors(self.scheme, rows, input_size_per_partition)
+        for name, (dtype, shape) in tensors.items():
+            data = torch.zeros(shape, dtype=_DTYPES[dtype])
+            if dtype == "BF16":
+                data.fill_(torch.nan)  # what no file fills is found after loading
+            layer.register_parameter(
+                name, self._parameter(name, data, input_size_per_partition, load)
+            )
+        shapes: Any = layer
+        shapes.quantkit_shape = (rows, input_size_per_partition)
+
+    def _parameter(
+        self, name: str, data: torch.Tensor, inputs: int, load: Callable[..., None]
+    ) -> BasevLLMParameter:
+        """The parameter whose class tells vLLM along which dimensions a rank's share is cut."""
+        arguments: dict[str, Any] = {"data": data, "weight_loader": load}
+        if name == "weight_packed":
+            packed = Fraction(inputs, data.shape[1])
+            return PackedvLLMParameter(
+                input_dim=1, output_dim=0, packed_dim=1, packed_factor=packed, **arguments
+            )
+        if name == "weight":
+            return ModelWeightParameter(input_dim=1, output_dim=0, **arguments)
+        if name == "weight_scale":
+            if self.scheme.weights.group_size is None:
+                return ChannelQuantScaleParameter(output_dim=0, **arguments)
+            return GroupQuantScaleParameter(input_dim=1, output_dim=0, **arguments)
+        return BasevLLMParameter(**arguments)  # weight_shape: of the whole, not of a share
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        shapes: Any = layer
+        rows, columns = shapes.quantkit_shape
+        linear = QuantLinear(columns, rows, False, self.scheme)
+        for name in expected_tensors(self.scheme, rows, columns):
+            linear._buffers[name] = layer._parameters.pop(name).data  # type: ignore[union-attr]
+        if not bool(torch.isfinite(linear.weight_scale.float()).all()):
+            raise QuantkitError(
+                f"{getattr(layer, 'prefix', 'linear')}: a scale is missing or not a number; "
+                "the checkpoint is damaged: copy or quantize it again"
+            )
+        linear.prepare()
+        layer.quantkit_linear = linear
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        linear: Any = layer.quantkit_linear
+        output: torch.Tensor = linear.op(*linear.arguments(x, bias))
+        return output
