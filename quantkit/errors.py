@@ -10,5 +10,9 @@ class QuantkitError(Exception):
     """
 
 
+class WriteError(QuantkitError):
+    """The output cannot be written (a full disk, say): no fault of the input, and the run can go on later."""
+
+
 class InternalError(Exception):
     """A failure of ours (an output that does not verify, say); the command line exits with 1."""
