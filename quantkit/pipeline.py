@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,18 +11,21 @@ from typing import Any
 import torch
 
 import quantkit
+from quantkit.calibration.activations import Activations
 from quantkit.calibration.data import BUNDLED_CALIBRATION, CalibrationSet, calibration_blocks
 from quantkit.calibration.stream import LayerStream, observe
 from quantkit.device import find_device
 from quantkit.errors import InternalError, QuantkitError
 from quantkit.formats.config import build_quantization_config
 from quantkit.formats.packed import packed_tensors
-from quantkit.formats.writer import OutputFolder, save_tensors
+from quantkit.formats.writer import OutputFolder, save_tensors, write_json
 from quantkit.layer import QuantizedLayer, quantize_layer
 from quantkit.models.groups import LayerStructure
 from quantkit.models.names import BUNDLED
+from quantkit.plain import copy_tensor, round_layer, rounds_plainly
 from quantkit.plan import Plan, default_output, make_plan
 from quantkit.recipe import Recipe
+from quantkit.resume import RunState, describe_run, digest, finished_report
 
 KV_FILE = "quantkit/kv.safetensors"
 REPORT_FILE = "quantkit/report.json"
@@ -61,17 +62,17 @@ def quantize(
         device: where layers are run and solved, `cpu` or `cuda`.
         overrides: `path=value` changes of the recipe (not with a Recipe object).
         seed: of the choice of calibration blocks.
-        overwrite: replace a finished output of ours.
+        overwrite: replace a finished output of ours, or another run's unfinished one.
         progress: called with (layers done, layers, what is being done).
 
     Returns:
-        The report that is also written to quantkit/report.json.
+        The report that is also written to quantkit/report.json. A run that was killed goes on where it was; one
+        that is finished already is left as it is (`unchanged`).
 
     Raises:
         QuantkitError: bad input, named in one line; nothing is left behind that looks finished.
         InternalError: the output did not verify.
     """
-    started = time.monotonic()
     if isinstance(recipe, str):
         recipe = Recipe.load(recipe, overrides)
     where = find_device(device)
@@ -88,34 +89,77 @@ def quantize(
     path = Path(output) if output is not None else default_output(model, recipe)
     tell = progress or (lambda done, total, what: None)
 
-    with OutputFolder(path, overwrite=overwrite) as folder:
+    def calibration() -> CalibrationSet | None:
+        if not recipe.needs_calibration:
+            return None
+        return _calibration(plan, calib, samples, seqlen, seed)
+
+    if not overwrite and (earlier := finished_report(path)) is not None:
+        run = describe_run(plan, calibration(), seed, where, 1)
+        if earlier.get("run") == digest(run):
+            return earlier | {"output": str(path), "unchanged": True}
+    with OutputFolder(
+        path, overwrite=overwrite, tensors=3 * len(plan.checkpoint.tensors)
+    ) as folder:
         _check_disk(path, plan.total_bytes[1])
-        data = (
-            _calibration(plan, calib, samples, seqlen, seed) if recipe.needs_calibration else None
-        )
-        stream = LayerStream(
-            plan.checkpoint, plan.skeleton, plan.structure, data.tokens if data else None, where
-        )
-        report: dict[str, Any] = {"layers": []}
-        scales: dict[str, torch.Tensor] = {}
-        for number in range(plan.structure.num_layers):
-            tell(number, plan.structure.num_layers, f"layer {number}")
-            result = _one_layer(plan, stream, number, folder)
-            report["layers"].append(result.report)
-            if result.post_scale is not None:
-                scales[str(number)] = result.post_scale.cpu()
-        tell(plan.structure.num_layers, plan.structure.num_layers, "writing")
-        _copy_the_rest(plan, folder)
-        report |= _summary(model, plan, data, seed, time.monotonic() - started)
-        _finish(plan, folder, data, scales, report)
-
-    from quantkit.verify import verify
-
-    tell(plan.structure.num_layers, plan.structure.num_layers, "verifying")
-    problems = verify(path, against=str(plan.checkpoint.path)).problems
-    if problems:
-        raise InternalError(f"{path}: the output does not verify: {problems[0]}")
+        data = calibration()
+        run = describe_run(plan, data, seed, where, 1)
+        state = RunState(folder, folder.begin(run))
+        _quantize_layers(plan, data, where, seed, folder, state, tell)
+        total = plan.structure.num_layers
+        if not state.copied:
+            tell(total, total, "writing")
+            with state.stage("copy"):
+                _copy_the_rest(plan, folder)
+            state.copied = True
+            state.save({}, Activations(folder.work))
+        tell(total, total, "verifying")
+        report = {"layers": state.layers} | _summary(model, plan, data, seed)
+        report["run"] = digest(run)
+        _finish(plan, folder, data, state, report)
     return report | {"output": str(path)}
+
+
+def _quantize_layers(
+    plan: Plan,
+    data: CalibrationSet | None,
+    device: torch.device,
+    seed: int,
+    folder: OutputFolder,
+    state: RunState,
+    tell: Progress,
+) -> None:
+    """All decoder layers that are not finished yet."""
+    total = plan.structure.num_layers
+    if state.done == total:
+        return
+    store, plainly = Activations(folder.work), rounds_plainly(plan)
+    with state.stage("embed"):
+        stream = LayerStream(
+            plan.checkpoint,
+            plan.skeleton,
+            plan.structure,
+            data.tokens if data else None,
+            device,
+            store=store,
+            done=state.done,
+        )
+    for number in range(state.done, total):
+        tell(number, total, f"layer {number}")
+        # Whatever is drawn at random is a function of seed and layer, also in a run that was gone on with.
+        with torch.random.fork_rng():
+            torch.manual_seed(seed * 1_000_003 + number)
+            if plainly:
+                with state.stage("round"):
+                    state.layers.append(round_layer(plan, plan.structure.prefix(number), folder))
+            else:
+                result = _one_layer(plan, stream, number, folder, state)
+                state.layers.append(result.report)
+                if result.post_scale is not None:
+                    state.scales[str(number)] = result.post_scale.cpu()
+        folder.end_of_layer()
+        state.done = number + 1
+        state.save(stream.chains(), store)
 
 
 def _check_disk(path: Path, need: int) -> None:
@@ -148,7 +192,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _one_layer(
-    plan: Plan, stream: LayerStream, number: int, folder: OutputFolder
+    plan: Plan, stream: LayerStream, number: int, folder: OutputFolder, state: RunState
 ) -> QuantizedLayer:
     """Calibrate, transform, quantize and write one decoder layer; the stream moves on to its outputs."""
     prefix = plan.structure.prefix(number)
@@ -164,26 +208,31 @@ def _one_layer(
                 group.name for group in structure.groups
                 if any(plan.recipe.weights_of(prefix + n).rounding == "gptq" for n in group.linears)
             }  # fmt: skip
-            with observe(
-                layer, structure, hessians=gptq, keep_rows=_SEARCH_ROWS, batches=stream.batches
-            ) as arguments:
+            with (
+                state.stage("calibrate"),
+                observe(
+                    layer, structure, hessians=gptq, keep_rows=_SEARCH_ROWS, batches=stream.batches
+                ) as arguments,
+            ):
                 stream.run(layer, number, reference.keep)
-        result = quantize_layer(
-            layer,
-            prefix,
-            plan.recipe,
-            plan.schemes,
-            structure,
-            *arguments,
-            norm_dtype=norm_dtype,
-        )
-        _write_layer(plan, prefix, layer, result, folder)
+        with state.stage("quantize"):
+            result = quantize_layer(
+                layer,
+                prefix,
+                plan.recipe,
+                plan.schemes,
+                structure,
+                *arguments,
+                norm_dtype=norm_dtype,
+            )
+        with state.stage("write"):
+            _write_layer(plan, prefix, layer, result, folder)
         if stream.hidden is not None and reference is not None:
             _quantize_cache(plan, layer.get_submodule(structure.attention.path), result)
             before = stream.hidden[:_ERROR_BLOCKS].clone()
-            stream.advance(layer, number)
+            with state.stage("advance"):
+                stream.advance(layer, number)
             result.report["output_error"] = reference.error(before, stream.hidden[:_ERROR_BLOCKS])
-    folder.end_of_layer()
     return result
 
 
@@ -237,17 +286,17 @@ def _write_layer(
                 folder.add(f"{prefix}{module}.{suffix}", tensor)
         elif local in parameters:
             # Norms and biases may have taken a factor in; those that did not round back to the same bytes.
-            original = plan.checkpoint.load(name)
+            original = plan.checkpoint.read(name)
             folder.add(name, parameters[local].detach().to("cpu", original.dtype))
         else:
-            folder.add(name, plan.checkpoint.load(name))
+            copy_tensor(plan.checkpoint, name, folder)
 
 
 def _copy_the_rest(plan: Plan, folder: OutputFolder) -> None:
     """Embeddings, head, final norm, and whatever else lies in the checkpoint, byte for byte."""
     for name in plan.checkpoint.tensors:
         if not _in_a_layer(name, plan):
-            folder.add(name, plan.checkpoint.load(name, finite=True))
+            copy_tensor(plan.checkpoint, name, folder)
             folder.end_of_layer()
 
 
@@ -257,9 +306,7 @@ def _in_a_layer(name: str, plan: Plan) -> bool:
     return not head and number.isdigit() and int(number) < plan.structure.num_layers
 
 
-def _summary(
-    model: str, plan: Plan, data: CalibrationSet | None, seed: int, seconds: float
-) -> dict[str, Any]:
+def _summary(model: str, plan: Plan, data: CalibrationSet | None, seed: int) -> dict[str, Any]:
     return {
         "source": str(plan.checkpoint.path.resolve()) if model != BUNDLED else BUNDLED,
         "recipe": plan.recipe.model_dump(),
@@ -269,7 +316,6 @@ def _summary(
         "linear_bytes": dict(zip(("before", "after"), plan.linear_bytes)),
         "total_bytes": dict(zip(("before", "after"), plan.total_bytes)),
         "servers": plan.servers,
-        "seconds": round(seconds, 2),
     }
 
 
@@ -277,18 +323,28 @@ def _finish(
     plan: Plan,
     folder: OutputFolder,
     data: CalibrationSet | None,
-    scales: dict[str, torch.Tensor],
+    state: RunState,
     report: dict[str, Any],
 ) -> None:
-    """Side files, config.json, and the move into place."""
-    side: dict[str, Callable[[Path], None]] = {
-        REPORT_FILE: lambda target: _dump(target, report),
-    }
+    """Side files, config.json, verification, the report, and the move into place."""
+    scales = state.scales
+    side: dict[str, Callable[[Path], None]] = {}
     if scales:
         side[KV_FILE] = partial(save_tensors, scales)
     for file in plan.checkpoint.path.iterdir():
         if _belongs(file):
             side[file.name] = partial(shutil.copyfile, file)
+
+    def check(output: Path) -> None:
+        from quantkit.verify import verify
+
+        with state.stage("verify"):
+            problems = verify(output, against=str(plan.checkpoint.path)).problems
+        if problems:
+            raise InternalError(f"{folder.path}: the output does not verify: {problems[0]}")
+        report["seconds"] = round(state.elapsed, 2)
+        report["stages"] = {name: round(seconds, 2) for name, seconds in state.seconds.items()}
+        write_json(output / REPORT_FILE, report)
 
     def config(hashes: dict[str, str]) -> dict[str, Any]:
         meta = {
@@ -303,7 +359,7 @@ def _finish(
         )
         return plan.checkpoint.config | {"quantization_config": quantization}
 
-    folder.finish(side, config)
+    folder.finish(side, config, check)
 
 
 def _belongs(file: Path) -> bool:
@@ -311,7 +367,3 @@ def _belongs(file: Path) -> bool:
     if not file.is_file() or file.name == "config.json" or "safetensors" in file.name:
         return False
     return file.suffix in (".json", ".jinja", ".txt", ".model")
-
-
-def _dump(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from quantkit.calibration.activations import Activations
 from quantkit.calibration.statistics import InputStatistics, KeyStatistics
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.memory import trim
 from quantkit.models.groups import LayerStructure
 from quantkit.models.structure import Structure
 
@@ -47,6 +50,13 @@ class LayerStream:
         structure: its structure.
         tokens: int64 [samples, seqlen], or None when nothing is to be run.
         device: where layers run.
+        reference: keep what the original model's layers give too, beside what the quantized ones give.
+        store: where activations live.
+        done: layers that an earlier start has finished: the store has what they gave.
+
+    Attributes:
+        hidden: the quantized layers' outputs so far, the next layer's inputs, float32 [samples, seqlen, width].
+        hidden_reference: the same of the original layers, or None.
     """
 
     def __init__(
@@ -56,28 +66,61 @@ class LayerStream:
         structure: Structure,
         tokens: torch.Tensor | None,
         device: torch.device,
+        reference: bool = False,
+        store: Activations | None = None,
+        done: int = 0,
     ) -> None:
         self._checkpoint = checkpoint
         self._structure = structure
         self._layers: Any = skeleton.get_submodule(structure.layers)
         self._device = device
         self._arguments: list[dict[str, Any]] = []
+        self._store = store or Activations(Path())
         self.hidden: torch.Tensor | None = None
+        self.hidden_reference: torch.Tensor | None = None
         if tokens is not None:
             self._batch = max(1, _TOKENS_PER_BATCH // tokens.shape[1])
-            self._embed(skeleton, tokens)
+            self._embed(skeleton, tokens, done)
+            if reference:
+                self.hidden_reference = self._start("hidden_reference", done, self.hidden)
+
+    def chains(self) -> dict[str, torch.Tensor]:
+        """The activations that go from layer to layer, by name."""
+        both = {"hidden": self.hidden, "hidden_reference": self.hidden_reference}
+        return {name: tensor for name, tensor in both.items() if tensor is not None}
+
+    def _start(self, name: str, done: int, like: torch.Tensor | None) -> torch.Tensor:
+        assert like is not None
+        if done:
+            return self._store.load(f"{done}-{name}", *like.shape)
+        return self._store.empty(*like.shape).copy_(like)
 
     @torch.no_grad()
-    def _embed(self, skeleton: nn.Module, tokens: torch.Tensor) -> None:
+    def _embed(self, skeleton: nn.Module, tokens: torch.Tensor, done: int) -> None:
         """Run the model with its layers replaced: gives the first layer's input and every layer's arguments."""
         base: Any = skeleton.get_submodule(self._structure.layers.rpartition(".")[0])
         embedding = base.get_input_embeddings()
         name = next(n for n, m in skeleton.named_modules() if m is embedding)
-        embedding.weight = nn.Parameter(
-            self._checkpoint.load(f"{name}.weight", finite=True), requires_grad=False
-        )
-        hidden = embedding(tokens).float()
-        embedding.to("meta")
+
+        def embed(some: torch.Tensor) -> torch.Tensor:
+            """Only the rows that occur are read."""
+            wanted, place = some.unique(return_inverse=True)
+            rows = self._checkpoint.gather(f"{name}.weight", wanted)
+            embedding.weight = nn.Parameter(rows, requires_grad=False)
+            found: torch.Tensor = embedding(place).float()
+            embedding.to("meta")
+            return found
+
+        hidden = embed(tokens[:1])
+        shape = (*tokens.shape, hidden.shape[-1])
+        if done:
+            self.hidden = self._store.load(f"{done}-hidden", *shape)
+        else:
+            self.hidden = self._store.empty(*shape)
+            for first in range(0, len(tokens), self._batch):
+                batch = tokens[first : first + self._batch]
+                self.hidden[first : first + len(batch)] = embed(batch)
+                self._store.release()
 
         recorders = [_Recorder(layer) for layer in self._layers]
         layers, norm = base.layers, base.norm
@@ -87,7 +130,6 @@ class LayerStream:
         base(inputs_embeds=hidden[:1].to(self._device), use_cache=False)
         base.layers, base.norm = layers, norm
         self._arguments = [recorder.arguments for recorder in recorders]
-        self.hidden = hidden
 
     @contextmanager
     def layer(self, number: int) -> Iterator[nn.Module]:
@@ -95,7 +137,7 @@ class LayerStream:
         layer = self._layers[number]
         prefix = f"{self._structure.layers}.{number}."
         state = {
-            name: self._checkpoint.load(prefix + name, finite=True).to(self._device, torch.float32)
+            name: self._checkpoint.read(prefix + name, finite=True).to(self._device, torch.float32)
             for name, _ in layer.named_parameters()
         }
         layer.load_state_dict(state, strict=True, assign=True)
@@ -104,6 +146,7 @@ class LayerStream:
         finally:
             # Linears may have been replaced by simulations: drop the whole module, not only its parameters.
             self._layers[number] = nn.Identity()
+            trim()
 
     @property
     def batches(self) -> int:
@@ -117,6 +160,7 @@ class LayerStream:
             batch = self.hidden[first : first + self._batch].to(self._device)
             output = layer(batch, **self._arguments[number])
             sink(first, output[0] if isinstance(output, tuple) else output)
+            self._store.release()
 
     def advance(self, layer: nn.Module, number: int) -> None:
         """The layer's outputs become the next layer's inputs, in place."""

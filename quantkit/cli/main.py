@@ -84,7 +84,10 @@ def main() -> None:
         if code == _INTERRUPTED:  # typer turns Ctrl-C into this code, in silence
             raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing that looks finished was left", _INTERRUPTED)
+        _fail(
+            "interrupted; nothing that looks finished was left (quantize goes on when started again)",
+            _INTERRUPTED,
+        )
     except _UsageError as error:
         context = getattr(error, "ctx", None)
         what = " ".join(error.format_message().split())  # type: ignore[attr-defined]

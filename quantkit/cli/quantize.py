@@ -73,6 +73,8 @@ def command(
 
 def _print(report: dict[str, Any]) -> None:
     linear, total = report["linear_bytes"], report["total_bytes"]
+    if report.get("unchanged"):
+        note(f"{report['output']} is there already, made from the same inputs; nothing was done")
     out.print(
         f"{report['output']}: {report['recipe']['name']}, {report['seconds']:.1f} s, verified"
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -134,6 +136,7 @@ class Checkpoint:
             self.tensors.update(header)
         self._check_index()
         self._open: dict[str, Any] = {}
+        self._files_open: dict[str, IO[bytes]] = {}
 
     def _files(self) -> list[str]:
         if (self.path / INDEX).is_file():
@@ -187,35 +190,94 @@ class Checkpoint:
             raise QuantkitError(
                 f"{self.path / file}: tensor {name!r} cannot be read ({error})"
             ) from None
-        if finite and tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-            raise QuantkitError(
-                f"{self.path / file}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged"
-            )
+        if finite:
+            self._check_finite(name, tensor)
         return tensor
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor in memory of its own: what is then repacked leaves nothing of the file mapped.
+    def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        if not tensor.is_floating_point():
+            return
+        if tensor.element_size() < 2:
+            tensor = tensor.float()  # torch does not compute in FP8
+        # One pass over all of it; only what is large, or damaged, needs the second look.
+        if not math.isfinite(float(tensor.sum(dtype=torch.float32))) and not bool(
+            torch.isfinite(tensor).all()
+        ):
+            raise QuantkitError(
+                f"{self.path / self.tensors[name].file}: tensor {name!r} holds NaN or infinity; "
+                "the checkpoint is damaged"
+            )
+
+    def read(
+        self, name: str, *, rows: tuple[int, int] | None = None, finite: bool = False
+    ) -> torch.Tensor:
+        """One tensor, or rows [first, last) of it, in memory of its own: nothing of the file stays mapped.
 
         Raises:
-            QuantkitError: there is no such tensor, or it cannot be read.
+            QuantkitError: there is no such tensor, it cannot be read, or (`finite`) it holds NaN or infinity.
         """
         if name not in self.tensors:
             raise QuantkitError(f"{self.path}: has no tensor {name!r}")
         info = self.tensors[name]
-        buffer = torch.empty(info.bytes, dtype=torch.uint8)
+        first, last, shape = 0, info.bytes, info.shape
+        if rows is not None:
+            row = info.bytes // info.shape[0]
+            first, last, shape = rows[0] * row, rows[1] * row, (rows[1] - rows[0], *info.shape[1:])
+        tensor = self._bytes(name, first, last).view(_TORCH_DTYPES[info.dtype]).reshape(shape)
+        if finite:
+            self._check_finite(name, tensor)
+        return tensor
+
+    def gather(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows of a tensor [N, ...], int64 [n] -> [n, ...]; only they are read.
+
+        Raises:
+            QuantkitError: as `read`.
+        """
+        info = self.tensors[name]
+        size = info.bytes // max(info.shape[0], 1)
+        wanted, place = rows.unique(return_inverse=True)
+        table = torch.empty(len(wanted), size, dtype=torch.uint8)
+        for number, row in enumerate(wanted.tolist()):
+            table[number] = self._bytes(name, row * size, row * size + size)
+        tensor = table.view(-1).view(_TORCH_DTYPES[info.dtype]).view(-1, *info.shape[1:])
+        self._check_finite(name, tensor)
+        return tensor[place]
+
+    def pieces(self, name: str, size: int = 16 << 20) -> Iterator[torch.Tensor]:
+        """A tensor's elements in pieces [n] of at most `size` bytes, each read when it is asked for.
+
+        Raises:
+            QuantkitError: as `read`, with `finite`.
+        """
+        info = self.tensors[name]
+        for first in range(0, info.bytes, size):
+            piece = self._bytes(name, first, min(first + size, info.bytes))
+            piece = piece.view(_TORCH_DTYPES[info.dtype])
+            self._check_finite(name, piece)
+            yield piece
+
+    def _bytes(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Bytes [first, last) of a tensor."""
+        info = self.tensors[name]
+        buffer = torch.empty(last - first, dtype=torch.uint8)
+        view, at = memoryview(buffer.numpy().data), info.offset + first
         try:
-            with (self.path / info.file).open("rb", buffering=0) as file:
-                file.seek(info.offset)
-                view = memoryview(buffer.numpy().data)
-                while view and (count := file.readinto(view)):
-                    view = view[count:]
+            handle = self._handle(info.file)
+            while view and (count := os.preadv(handle, [view], at)):
+                view, at = view[count:], at + count
         except OSError as error:
             raise QuantkitError(
                 f"{self.path / info.file}: tensor {name!r} cannot be read ({error.strerror})"
             ) from None
         if view:
             raise QuantkitError(f"{self.path / info.file}: tensor {name!r} is cut off")
-        return buffer.view(_TORCH_DTYPES[info.dtype]).reshape(info.shape)
+        return buffer
+
+    def _handle(self, file: str) -> int:
+        if file not in self._files_open:
+            self._files_open[file] = (self.path / file).open("rb", buffering=0)
+        return self._files_open[file].fileno()
 
     @property
     def bytes(self) -> int:
@@ -228,3 +290,6 @@ class Checkpoint:
 
     def close(self) -> None:
         self._open.clear()
+        for file in self._files_open.values():
+            file.close()
+        self._files_open.clear()

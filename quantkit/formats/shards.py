@@ -123,7 +123,9 @@ class ShardWriter:
             want *= n
         if pieces.bytes != want:
             raise ValueError(f"tensor {name!r}: {pieces.bytes} bytes were written, it has {want}")
-        shard.append(Entry(name=name, dtype=dtype, shape=list(shape), bytes=want, start=_end(shard)))
+        shard.append(
+            Entry(name=name, dtype=dtype, shape=list(shape), bytes=want, start=_end(shard))
+        )
         self._names.add(name)
 
     def boundary(self) -> None:

@@ -87,6 +87,7 @@ def write_json(path: Path, data: Any) -> None:
         QuantkitError: it cannot be written.
     """
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".new")
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(data, file, indent=2, default=str)
@@ -189,7 +190,11 @@ class OutputFolder:
             self._writer.abandon()
         bad_input = kind is not None and issubclass(kind, QuantkitError)
         started = self._writer is not None
-        if kind is None or not self._can_go_on or (bad_input and started and kind is not WriteError):
+        if (
+            kind is None
+            or not self._can_go_on
+            or (bad_input and started and kind is not WriteError)
+        ):
             shutil.rmtree(self.work, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
@@ -213,7 +218,8 @@ class OutputFolder:
         """Start writing, or go on with what an earlier start of the same run left.
 
         Args:
-            run: what the output is made of, plain data: compared with that of the unfinished run.
+            run: what the output is made of, plain data: compared with that of the unfinished run. Without it
+                (or without a call of `begin`) nothing is gone on with.
 
         Returns:
             What `save` was last given, or None for a new start.
@@ -223,13 +229,13 @@ class OutputFolder:
         """
         run = json.loads(json.dumps(run, default=str))
         self._run, saved = run, self._saved()
-        if saved and saved.get("run") != run and not self._overwrite:
+        if saved and run and saved.get("run") != run and not self._overwrite:
             what = _difference(saved.get("run") or {}, run)
             raise QuantkitError(
                 f"{self.path}: holds the unfinished output of another run ({what}); "
                 "--overwrite discards it, -o chooses another folder"
             )
-        if saved and saved.get("run") == run:
+        if run and saved.get("run") == run:
             try:
                 self._writer = ShardWriter(
                     self.work, self._shard_bytes, self._tensors, saved["writer"]
@@ -293,6 +299,8 @@ class OutputFolder:
             check: called with the folder of the finished files before they move into place; what it raises
                 leaves nothing that looks whole.
         """
+        if self._writer is None:
+            self.begin({})
         kept = self._saved().get("kept") or {}
         if self._saved().get("publishing"):
             self._publish()

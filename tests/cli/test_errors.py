@@ -182,17 +182,32 @@ def test_an_output_of_ours_is_kept_unless_told(run: Run, model: Path, tmp_path: 
 
 
 def test_a_full_disk(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Refused in one line; with room again, the same command goes on with what was safe."""
     import errno
 
-    from quantkit.formats import writer
+    from quantkit.formats.shards import Pieces
 
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    real, room = Pieces.write, [12]
 
-    monkeypatch.setattr(writer, "save_tensors", full)
+    def write(self: Pieces, piece) -> None:
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, piece)
+
+    monkeypatch.setattr(Pieces, "write", write)
     out = tmp_path / "out"
-    assert "the disk is full" in refused(run, "quantize", model, "-r", "int4", "-o", out)
+    command = ("quantize", model, "-r", "int4", "-o", out)
+    assert "the disk is full" in refused(run, *command)
     assert not out.exists()
+    room[0] = 40  # a layer is 23
+    assert "the disk is full" in refused(run, *command)
+    assert {p.name for p in out.iterdir()} == {".unfinished"}
+    monkeypatch.setattr(Pieces, "write", real)
+    assert run(*command)[0] == 0
+    assert run("quantize", model, "-r", "int4", "-o", tmp_path / "whole")[0] == 0
+    name = "model.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_too_little_disk_is_said_before_the_work(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.writer import UNFINISHED, OutputFolder, is_ours, sha256
@@ -58,6 +59,9 @@ def test_config_json_moves_last(tmp_path: Path, monkeypatch, after: int, overwri
         write(out, overwrite=overwrite)
     assert "config.json" not in moved
     assert not (out / "config.json").exists()
+    monkeypatch.undo()
+    write(out)
+    assert (out / "config.json").is_file()
     assert not (out / UNFINISHED).exists()
 
 
@@ -85,3 +89,60 @@ def test_a_tensor_twice_is_our_mistake(tmp_path: Path):
         folder.end_of_layer()
         with pytest.raises(ValueError, match="twice"):
             folder.add("a", torch.ones(4))
+
+
+def test_shards_keep_tensors_aligned_and_take_large_headers(tmp_path: Path):
+    """Tensors of odd sizes come before wider ones; readers want each at a multiple of its element's size."""
+    tensors = {f"odd.{n}": torch.full((n,), n, dtype=torch.int8) for n in range(1, 70)}
+    tensors |= {f"wide.{n}": torch.full((3,), float(n), dtype=torch.float64) for n in range(5)}
+    tensors["scalar"] = torch.tensor(3, dtype=torch.bfloat16)
+    with OutputFolder(tmp_path / "out", tensors=1) as folder:
+        for name in sorted(tensors):
+            folder.add(name, tensors[name])
+        folder.finish({}, config)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("compact", [0, 1 << 30])
+@pytest.mark.parametrize("shard_bytes", [1, 1 << 30])
+def test_what_came_after_the_last_save_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compact: int, shard_bytes: int
+):
+    """Also where the shard was closed since."""
+    from quantkit.formats import shards
+
+    monkeypatch.setattr(shards, "_COMPACT", compact)
+
+    def put(folder: OutputFolder, *numbers: int) -> None:
+        for number in numbers:
+            folder.add(f"t{number}", torch.full((100,), float(number)))
+
+    def once(out: Path, stop: bool) -> None:
+        with OutputFolder(out, shard_bytes=shard_bytes) as folder:
+            kept = folder.begin({"a": 1})
+            if kept is None:
+                put(folder, 0, 1)
+                folder.save({"done": 2})
+                put(folder, 2)
+                folder.end_of_layer()
+                if stop:
+                    raise KeyboardInterrupt
+                put(folder, 3)
+            else:
+                assert kept == {"done": 2}
+                put(folder, 2)
+                folder.end_of_layer()
+                put(folder, 3)
+            folder.finish({}, config)
+
+    once(tmp_path / "whole", stop=False)
+    with pytest.raises(KeyboardInterrupt):
+        once(tmp_path / "out", stop=True)
+    once(tmp_path / "out", stop=True)
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert len(names) == (2 if shard_bytes > 1 else 4)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

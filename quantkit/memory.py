@@ -1,0 +1,58 @@
+"""What this process takes and what the machine has, in bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from pathlib import Path
+
+
+def _status(key: str) -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now; 0 where the system does not say."""
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """The most bytes of memory that this process has had."""
+    return _status("VmHWM")
+
+
+def available() -> int | None:
+    """Bytes that this process may still take: of the machine, and of the control group it is in; None if unknown."""
+    found: list[int] = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines():
+                if line.startswith(("inactive_file ", "active_file ")):
+                    used -= int(line.split()[1])
+            found.append(int(limit) - used)
+    except (OSError, ValueError):
+        pass
+    return max(0, min(found)) if found else None
+
+
+def trim() -> None:
+    """Give freed memory back to the system: glibc keeps it otherwise, and the peak creeps up layer by layer."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def threads() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,139 @@
+"""A run that is killed goes on where it was and gives the same bytes; no other run's state is ever used."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from quantkit import quantize
+from quantkit.errors import QuantkitError
+from quantkit.formats.writer import UNFINISHED
+
+SETTINGS = {"samples": 8, "seqlen": 64}
+
+
+class Killed(BaseException):
+    """As abrupt as an exception can be."""
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """All files; the report without its times."""
+    found: dict[str, object] = {
+        str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()
+    }
+    report = json.loads(found.pop("quantkit/report.json"))  # type: ignore[arg-type]
+    return found | {"report": {k: v for k, v in report.items() if k not in ("seconds", "stages")}}
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, layers: int, *, saved: bool = True) -> None:
+    from quantkit.resume import RunState
+
+    real = RunState.save
+
+    def save(self, *arguments) -> None:
+        if self.done < layers or saved:
+            real(self, *arguments)
+        if self.done == layers:
+            raise Killed
+
+    monkeypatch.setattr(RunState, "save", save)
+
+
+@pytest.mark.parametrize("recipe", ["int4", "fireq"])
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_killed_run_goes_on(tiny, text, tmp_path: Path, monkeypatch, quantized, recipe, saved):
+    def once(out: Path) -> None:
+        quantize(str(tiny()), recipe, out, calib=str(text), **SETTINGS)
+
+    once(tmp_path / "whole")
+    out = tmp_path / "killed"
+    with monkeypatch.context() as patched:
+        kill_after(patched, 2 if saved else 1 + (recipe == "fireq"), saved=saved)
+        with pytest.raises(Killed):
+            once(out)
+    assert not (out / "config.json").exists()
+    done = []
+    from quantkit import pipeline
+
+    name = "round_layer" if recipe == "int4" else "_one_layer"
+    real = getattr(pipeline, name)
+    monkeypatch.setattr(pipeline, name, lambda *arguments: done.append(1) or real(*arguments))
+    once(out)
+    assert len(done) == (0 if saved else 2 - (recipe == "fireq"))
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_another_runs_state_is_not_used(tiny, text, tmp_path: Path, monkeypatch):
+    out = tmp_path / "out"
+
+    def once(recipe: str = "int4", *settings: str, **changes) -> None:
+        quantize(str(tiny()), recipe, out, overrides=list(settings), **changes)
+
+    with monkeypatch.context() as patched:
+        kill_after(patched, 1)
+        with pytest.raises(Killed):
+            once()
+    before = sorted(p.name for p in (out / UNFINISHED).iterdir())
+    with pytest.raises(QuantkitError, match=r"recipe.weights.clip: \"absmax\" there, \"mse\" here"):
+        once("int4", "weights.clip=mse")
+    with pytest.raises(QuantkitError, match="seed: 0 there, 7 here"):
+        once(seed=7)
+    assert sorted(p.name for p in (out / UNFINISHED).iterdir()) == before
+    once("int4", "weights.clip=mse", overwrite=True)
+    quantize(str(tiny()), "int4", tmp_path / "other", overrides=["weights.clip=mse"])
+    assert contents(out) == contents(tmp_path / "other")
+
+
+def test_a_changed_model_is_another_run(tiny, tmp_path: Path, monkeypatch):
+    model = Path(shutil.copytree(tiny(), tmp_path / "model"))
+    with monkeypatch.context() as patched:
+        kill_after(patched, 1)
+        with pytest.raises(Killed):
+            quantize(str(model), "int4", tmp_path / "out")
+    (model / "model.safetensors").touch()
+    with pytest.raises(QuantkitError, match=r"unfinished output of another run .model.model.safe"):
+        quantize(str(model), "int4", tmp_path / "out")
+
+
+def test_bad_input_leaves_nothing_and_a_finished_run_is_left_alone(tiny, tmp_path: Path):
+    out = tmp_path / "out"
+    first = quantize(str(tiny()), "int4", out)
+    times = {f: f.stat().st_mtime_ns for f in out.rglob("*")}
+    assert quantize(str(tiny()), "int4", out)["unchanged"]
+    assert {f: f.stat().st_mtime_ns for f in out.rglob("*")} == times
+    assert "unchanged" not in first
+    with pytest.raises(QuantkitError, match="--overwrite"):
+        quantize(str(tiny()), "int8", out)
+
+
+def test_two_at_once(tiny, tmp_path: Path):
+    from quantkit.formats.writer import OutputFolder
+
+    with (
+        OutputFolder(tmp_path / "out"),
+        pytest.raises(QuantkitError, match="another run is writing it"),
+    ):
+        quantize(str(tiny()), "int4", tmp_path / "out")
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_killed_while_moving_into_place(tiny, tmp_path: Path, monkeypatch, moved: int):
+    out, real, count = tmp_path / "out", Path.rename, [0]
+    quantize(str(tiny()), "int8", out)
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.parent.name == "output":
+            if count[0] == moved:
+                raise Killed
+            count[0] += 1
+        return real(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", rename)
+        with pytest.raises(Killed):
+            quantize(str(tiny()), "int4", out, overwrite=True)
+    assert not (out / "config.json").exists()
+    quantize(str(tiny()), "int4", out, overwrite=True)
+    quantize(str(tiny()), "int4", tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
