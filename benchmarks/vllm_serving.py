@@ -223,13 +223,15 @@ def agree(run: Run) -> None:
         if not recipe.startswith(("quest", "fireq")):
             row["transformers"] = compare(served, native_scores(folder, run.texts))
         run.note("agree", recipe, **row)
-        bar = WEIGHT_BAR if recipe in WEIGHT_ONLY else ACTIVATION_BAR
-        run.demand(
-            found["difference"] <= bar, f"{recipe}: difference {found['difference']} <= {bar}"
+        # Where bf16 alone moves our own runtime further than the bar, vLLM may be as far from it, no further.
+        bar = max(
+            WEIGHT_BAR if recipe in WEIGHT_ONLY else ACTIVATION_BAR, 1.1 * spread["difference"]
         )
+        greedy = min(GREEDY_BAR, 1 - 1.1 * (1 - spread["greedy"]))
         run.demand(
-            found["greedy"] >= GREEDY_BAR, f"{recipe}: greedy {found['greedy']} >= {GREEDY_BAR}"
+            found["difference"] <= bar, f"{recipe}: difference {found['difference']} <= {bar:.3f}"
         )
+        run.demand(found["greedy"] >= greedy, f"{recipe}: greedy {found['greedy']} >= {greedy:.3f}")
 
 
 def float32(run: Run) -> None:

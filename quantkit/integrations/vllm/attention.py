@@ -263,6 +263,11 @@ class PackedKVMethod(BaseKVCacheMethod):
         """This rank's rows of the layer's factor [KV heads, head_dim], or None where it has none."""
         scale = self.scales.get(extract_layer_index(attention.layer_name))
         if scale is None:
+            if self.scales:
+                raise QuantkitError(
+                    f"quantkit/kv.safetensors holds nothing for {attention.layer_name}; "
+                    "the checkpoint is not complete: copy or quantize it again"
+                )
             return None
         first, last = head_slice(
             len(scale),

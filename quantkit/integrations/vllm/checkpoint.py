@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.checkpoint import Checkpoint, TensorInfo
+from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.config import QuantizationInfo, parse_quantization_config
 from quantkit.formats.packed import expected_tensors
+from quantkit.formats.scheme import Scheme
 
 KV_FILE = Path("quantkit") / "kv.safetensors"
 _PATTERNS = ["*.json", "*.safetensors", "quantkit/*"]
@@ -60,9 +61,10 @@ def examine(model: str, revision: str | None = None) -> Examined:
         folder = _from_hub(model, revision)
     checkpoint = Checkpoint(folder)
     info = parse(checkpoint.config["quantization_config"], str(folder))
-    for name, scheme in info.schemes.items():
-        _check_module(checkpoint, name, scheme)
     whole = _check_model(checkpoint, info)
+    if not whole:
+        for name, scheme in info.schemes.items():
+            _check_module(checkpoint, name, scheme)
     checkpoint.close()
     return Examined(info, _kv_scales(folder, info), whole)
 
@@ -78,78 +80,47 @@ def _from_hub(model: str, revision: str | None) -> Path:
         ) from None
 
 
-def _check_module(checkpoint: Checkpoint, name: str, scheme: Any) -> None:
-    """The tensors of one quantized linear fit each other."""
-    shape = _shape(checkpoint.tensors, name)
-    if shape is None:
-        raise QuantkitError(
-            f"{checkpoint.path}: config.json says {name} is quantized; its weight is missing. "
-            "The checkpoint is not complete: copy or quantize it again"
-        )
-    for suffix, expected in expected_tensors(scheme, *shape).items():
-        _compare(checkpoint, f"{name}.{suffix}", *expected)
+def _check_module(checkpoint: Checkpoint, name: str, scheme: Scheme) -> None:
+    """The tensors of one quantized linear are there and fit each other."""
+    rows, columns = _shape(checkpoint, name, 32 // scheme.weights.bits)
+    for suffix, (dtype, shape) in expected_tensors(scheme, rows, columns).items():
+        found = checkpoint.tensors.get(f"{name}.{suffix}")
+        if found is None or (found.dtype, found.shape) != (dtype, shape):
+            what = f"is {found.dtype} {list(found.shape)}" if found else "is missing"
+            raise QuantkitError(
+                f"{checkpoint.path}: {name}.{suffix} {what}; {dtype} {list(shape)} is expected"
+            )
 
 
-def _shape(tensors: dict[str, TensorInfo], name: str) -> tuple[int, int] | None:
+def _shape(checkpoint: Checkpoint, name: str, per_word: int) -> tuple[int, int]:
     """(rows, columns) of a quantized weight, packed or not."""
-    if f"{name}.weight" in tensors:
-        rows, columns = tensors[f"{name}.weight"].shape
-        return rows, columns
-    if f"{name}.weight_packed" not in tensors:
-        return None
-    rows, words = tensors[f"{name}.weight_packed"].shape
-    return rows, words * 8
-
-
-def _compare(checkpoint: Checkpoint, name: str, dtype: str | None, shape: tuple[int, ...]) -> None:
-    found = checkpoint.tensors.get(name)
-    if found is None:
-        raise QuantkitError(
-            f"{checkpoint.path}: tensor {name!r} is missing; the checkpoint is not complete: "
-            "copy or quantize it again"
-        )
-    if found.shape != shape or (dtype and found.dtype != dtype):
-        raise QuantkitError(
-            f"{checkpoint.path}: {name} is {found.dtype} {list(found.shape)}; "
-            f"{dtype or 'shape'} {list(shape)} is expected"
-        )
+    for suffix, per_element in (("weight", 1), ("weight_packed", per_word)):
+        found = checkpoint.tensors.get(f"{name}.{suffix}")
+        if found is not None:
+            return found.shape[0], found.shape[1] * per_element
+    raise QuantkitError(
+        f"{checkpoint.path}: config.json says {name} is quantized; its weight is missing"
+    )
 
 
 def _check_model(checkpoint: Checkpoint, info: QuantizationInfo) -> bool:
-    """Every tensor of the model is there; False where transformers cannot build it to ask."""
+    """Every tensor of the model is there, as `quantkit.load` wants it; False where transformers cannot build it."""
+    from transformers import AutoModelForCausalLM
+
+    from quantkit.models.structure import load_config
+    from quantkit.runtime.load import check_complete, replace_linears
+
     try:
-        names = _model_tensors(checkpoint)
+        config = load_config(checkpoint.config, str(checkpoint.path))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
     except (
         Exception
     ):  # whatever a newer or rarer architecture raises: vLLM may know it all the same
         return False
-    for name, shape in names.items():
-        module, _, kind = name.rpartition(".")
-        if module in info.schemes and kind == "weight":
-            rows_columns = _shape(checkpoint.tensors, module)
-            if rows_columns != shape:
-                raise QuantkitError(
-                    f"{checkpoint.path}: {module} is {list(rows_columns or ())} in the files, "
-                    f"{list(shape)} by config.json"
-                )
-        elif not any(quantized.startswith(f"{module}.") for quantized in info.schemes):
-            # Experts are single linears in the files and one tensor in transformers.
-            _compare(checkpoint, name, None, shape)
+    replace_linears(model, checkpoint, info)
+    check_complete(model, checkpoint)
     return True
-
-
-def _model_tensors(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the unquantized model's tensors, without tied copies."""
-    from transformers import AutoModelForCausalLM
-
-    from quantkit.models.structure import load_config
-
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(
-            load_config(checkpoint.config, str(checkpoint.path))
-        )
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
 
 
 def _kv_scales(folder: Path, info: QuantizationInfo) -> dict[int, torch.Tensor]:

@@ -84,7 +84,16 @@ def test_a_whole_linear_of_another_size_is_found(folder):
             tensors[name] = tensors[name][:-8]
 
     rewrite(folder, change)
-    with pytest.raises(QuantkitError, match="up_proj is"):
+    with pytest.raises(QuantkitError, match=r"up_proj\.weight_packed is"):
+        examine(str(folder))
+
+
+def test_where_transformers_does_not_know_the_model_the_quantized_tensors_are_looked_for(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "of_tomorrow"}))
+    assert not examine(str(folder)).whole
+    rewrite(folder, lambda tensors: tensors.pop(f"{LAYER}.mlp.up_proj.weight_scale"))
+    with pytest.raises(QuantkitError, match=r"up_proj\.weight_scale is missing"):
         examine(str(folder))
 
 
