@@ -39,19 +39,56 @@ logger = init_logger("vllm.quantkit")
 
 
 @dataclass
-class Request:
-    """One sequence of a batch: its new tokens are rows [first, last) of the queries."""
+class Sequences:
+    """Sequences of a batch that are attended to together.
 
-    first: int
-    last: int
-    length: int  # keys that it sees, the new ones among them
-    blocks: torch.Tensor  # int64, the numbers of its blocks
+    Attributes:
+        rows: of the queries that are theirs: of one sequence with any number of new tokens, or of several
+            with one each.
+        lengths: int64 [B], keys that each sees, the new ones among them.
+        longest: the largest of them.
+        blocks: int64 [B, n], the numbers of their blocks; what lies beyond a sequence's own is masked.
+    """
+
+    rows: torch.Tensor | slice
+    lengths: torch.Tensor
+    longest: int
+    blocks: torch.Tensor
 
 
 @dataclass
 class PackedMetadata(AttentionMetadata):
-    requests: list[Request]
-    tokens: int
+    sequences: list[Sequences]
+
+
+def group_sequences(
+    starts: list[int], lengths: list[int], table: torch.Tensor, block_size: int
+) -> list[Sequences]:
+    """A batch in as few groups as waste no more than half of what they gather.
+
+    Args:
+        starts: first row of each sequence's new tokens, and the end of the last one's.
+        lengths: keys that each sequence sees.
+        table: int64 [sequences, n], the numbers of their blocks.
+    """
+    groups: list[Sequences] = []
+    decoding: dict[int, list[int]] = {}
+    for number, (first, last, length) in enumerate(zip(starts, starts[1:], lengths)):
+        used = -(-length // block_size)
+        if last - first == 1:
+            decoding.setdefault(used.bit_length(), []).append(number)
+        elif last > first:
+            one = torch.tensor([length], device=table.device)
+            groups.append(
+                Sequences(slice(first, last), one, length, table[number : number + 1, :used])
+            )
+    for numbers in decoding.values():
+        longest = max(lengths[n] for n in numbers)
+        chosen = torch.tensor(numbers, device=table.device)
+        rows = torch.tensor([starts[n] for n in numbers], device=table.device)
+        each = torch.tensor([lengths[n] for n in numbers], device=table.device)
+        groups.append(Sequences(rows, each, longest, table[chosen, : -(-longest // block_size)]))
+    return groups
 
 
 class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
@@ -72,15 +109,14 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
         batch = common_attn_metadata
         if batch.causal is not True:
             raise QuantkitError("INT4 keys and values are for causal attention alone")
-        starts = batch.query_start_loc_cpu.tolist()
-        lengths = batch.seq_lens.tolist()
-        table = batch.block_table_tensor.long()
-        requests = [
-            Request(first, last, length, table[row, : -(-length // self.block_size)])
-            for row, (first, last, length) in enumerate(zip(starts, starts[1:], lengths))
-            if last > first
-        ]
-        return PackedMetadata(requests, batch.num_actual_tokens)
+        return PackedMetadata(
+            group_sequences(
+                batch.query_start_loc_cpu.tolist(),
+                batch.seq_lens.tolist(),
+                batch.block_table_tensor.long(),
+                self.block_size,
+            )
+        )
 
 
 class PackedImpl(AttentionImpl[PackedMetadata]):
@@ -152,36 +188,54 @@ class PackedImpl(AttentionImpl[PackedMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """query [T, heads, D] -> output of that shape, a request at a time."""
+        """query [T, heads, D] -> output of that shape."""
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("outputs of packed attention are not quantized")
         if attn_metadata is None:  # warming up
             return output.zero_()
-        for request in attn_metadata.requests:
-            keys, values = self._gather(kv_cache, request)
-            rows = slice(request.first, request.last)
-            output[rows] = kv4_attention(
-                query[rows].transpose(0, 1)[None],
-                keys,
-                values,
-                None,
-                self.scale,
-                True,
-                self.quantizer.post_scale,
-                self.quantizer.form.query == "fp8",
-                None,
-                self.window,
-            )[0].transpose(0, 1)
+        for group in attn_metadata.sequences:
+            output[group.rows] = self._attend(query[group.rows], kv_cache, group)
         return output
 
+    def _attend(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, group: Sequences
+    ) -> torch.Tensor:
+        """The group's queries [T, heads, D] -> their outputs."""
+        keys, values = self._gather(kv_cache, group)
+        batch = len(group.lengths)
+        one = batch == 1
+        # One sequence's tokens are a dimension of their own; several sequences have one each.
+        shaped = query.transpose(0, 1)[None] if one else query[:, :, None]
+        out = kv4_attention(
+            shaped,
+            keys,
+            values,
+            None if one else self._mask(group),
+            self.scale,
+            one,
+            self.quantizer.post_scale,
+            self.quantizer.form.query == "fp8",
+            None,
+            self.window,
+        )
+        return out[0].transpose(0, 1) if one else out[:, :, 0]
+
+    def _mask(self, group: Sequences) -> torch.Tensor:
+        """bool [B, 1, 1, S]: the keys that are there, and in the window."""
+        positions = torch.arange(group.longest, device=group.lengths.device)
+        seen = positions < group.lengths[:, None]
+        if self.window:
+            seen &= positions >= group.lengths[:, None] - self.window
+        return seen[:, None, None]
+
     def _gather(
-        self, kv_cache: torch.Tensor, request: Request
+        self, kv_cache: torch.Tensor, group: Sequences
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A request's packed keys and values, each uint8 [1, KV heads, S, P]."""
-        blocks = kv_cache[request.blocks].transpose(0, 1).flatten(1, 2)
-        packed = blocks[:, : request.length]
+        """Packed keys and values, each uint8 [B, KV heads, S, P]."""
+        blocks = kv_cache[group.blocks].transpose(1, 2).flatten(2, 3)
+        packed = blocks[:, :, : group.longest]
         size = self.quantizer.packed_size(self.head_size)
-        return packed[None, ..., :size], packed[None, ..., size:]
+        return packed[..., :size], packed[..., size:]
 
 
 class PackedBackend(AttentionBackend):

@@ -25,7 +25,7 @@ from quantkit.integrations.vllm.attention import (
     PackedBackend,
     PackedImpl,
     PackedMetadata,
-    Request,
+    group_sequences,
 )
 from quantkit.integrations.vllm.config import QuantkitConfig
 from quantkit.runtime.attention import KVQuantizer
@@ -223,33 +223,29 @@ def test_attention_over_scattered_blocks_is_attention_over_the_sequence(form, wi
     impl = PackedImpl(heads, dim, dim**-0.5, kv_heads, sliding_window=window)
     impl.quantizer = KVQuantizer(form, post_scale)
     cache = torch.zeros(9, kv_heads, block, 2 * impl.quantizer.packed_size(dim), dtype=torch.uint8)
-    tables = [torch.tensor([7, 2, 5]), torch.tensor([3, 8, 1])]
+    tables = torch.tensor([[7, 2, 5], [3, 8, 1]])
     lengths, texts = [0, 0], [[], []]
 
-    for counts in ([20, 33], [11, 1], [1, 1], [1, 0]):
+    for counts in ([20, 33], [11, 1], [1, 1], [1, 0], [2, 1]):
         new = [
             [torch.randn(n, h, dim, generator=generator).bfloat16() for h in (heads, kv_heads, kv_heads)]
             for n in counts
         ]  # fmt: skip
-        slots, requests, row = [], [], 0
+        slots = []
         for number, count in enumerate(counts):
             positions = torch.arange(lengths[number], lengths[number] + count)
             slots.append(tables[number][positions // block] * block + positions % block)
             lengths[number] += count
             texts[number].append(new[number])
-            used = tables[number][: -(-lengths[number] // block)]
-            if count:
-                requests.append(Request(row, row + count, lengths[number], used))
-            row += count
+        starts = [0, counts[0], sum(counts)]
+        metadata = PackedMetadata(group_sequences(starts, lengths, tables, block))
         query, key, value = (torch.cat([part[i] for part in new]) for i in range(3))
         padded = torch.cat((*slots, torch.tensor([-1])))  # as vLLM pads a batch
         extra = torch.randn(1, kv_heads, dim).bfloat16()
         impl.do_kv_cache_update(
             None, torch.cat((key, extra)), torch.cat((value, extra)), cache, padded
         )
-        out = impl.forward(
-            None, query, key, value, cache, PackedMetadata(requests, row), torch.empty_like(query)
-        )
+        out = impl.forward(None, query, key, value, cache, metadata, torch.empty_like(query))
         row = 0
         for number, count in enumerate(counts):
             if count:
@@ -257,6 +253,21 @@ def test_attention_over_scattered_blocks_is_attention_over_the_sequence(form, wi
                               new[number][0], window or 0)  # fmt: skip
                 assert close(out[row : row + count], want)
             row += count
+
+
+def test_a_batch_makes_few_groups_that_waste_little():
+    """Prompts alone; single tokens with others whose blocks are at most twice as many."""
+    lengths = [16 * n for n in range(1, 33)] + [100]
+    starts = [*range(33), 50]
+    groups = group_sequences(starts, lengths, torch.arange(33 * 40).view(33, 40), 16)
+    assert len(groups) == 7
+    assert groups[0].rows == slice(32, 50)
+    rows = torch.cat([group.rows for group in groups[1:]])
+    assert rows.sort().values.tolist() == list(range(32))
+    for group in groups[1:]:
+        assert group.longest == int(group.lengths.max()) < 2 * int(group.lengths.min())
+        assert torch.equal(group.blocks[:, 0], group.rows * 40)
+        assert group.blocks.shape == (len(group.rows), group.longest // 16)
 
 
 def attend(impl, keys_values, query, window) -> torch.Tensor:
