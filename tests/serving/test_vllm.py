@@ -1,0 +1,46 @@
+"""The plugin against the real vLLM: minutes, and an environment of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = os.environ.get("QUANTKIT_VLLM_PYTHON")
+pytestmark = [
+    pytest.mark.serving,
+    pytest.mark.skipif(
+        not PYTHON,
+        reason="QUANTKIT_VLLM_PYTHON names no interpreter of an environment with vLLM and quantkit",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """Where the parts find each other's checkpoints."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.mark.parametrize("part", ["clients", "broken", "parallel", "agree"])
+def test_served_by_vllm(work, part):
+    script = ROOT / "benchmarks" / "vllm_serving.py"
+    done = subprocess.run(
+        [sys.executable, str(script), part, "--work", str(work)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_the_plugin_inside_vllm():
+    """The tests that vLLM's own interpreter has to run."""
+    tests = ROOT / "tests" / "integrations" / "vllm" / "test_plugin.py"
+    has_pytest = subprocess.run([str(PYTHON), "-c", "import pytest"], capture_output=True)
+    if has_pytest.returncode:
+        pytest.skip("that environment has no pytest")
+    done = subprocess.run(
+        [str(PYTHON), "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
