@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.calibration.outliers import input_outliers, outlier_ratio
 from quantkit.calibration.simulate import SimulatedLinear
 from quantkit.calibration.statistics import InputStatistics, KeyStatistics
 from quantkit.formats.scheme import Scheme, WeightFormat
@@ -63,10 +64,12 @@ def quantize_layer(
         keys: statistics of the keys, or None.
         norm_dtype: the type norms are stored in.
     """
-    result = QuantizedLayer(report={"linears": {}, "factors": {}, "zero_fraction": {}})
+    result = QuantizedLayer(
+        report={"linears": {}, "factors": {}, "zero_fraction": {}, "outliers": {}}
+    )
     factors: dict[str, torch.Tensor] = {}
     if keys is not None and recipe.rope_scaling:
-        result.post_scale = _scale_keys(layer, recipe, structure.attention, keys)
+        result.post_scale = _scale_keys(layer, recipe, structure.attention, keys, result)
     for group in structure.groups:
         scheme = schemes.get(prefix + group.linears[0])
         if (
@@ -82,18 +85,19 @@ def quantize_layer(
         result.report["factors"][group.name] = figures
     for group in structure.groups:
         if group.name in inputs:
-            shares = zero_fractions(
-                inputs[group.name], factors.get(group.name), schemes.get(prefix + group.linears[0])
-            )
+            stats, factor = inputs[group.name], factors.get(group.name)
+            scheme = schemes.get(prefix + group.linears[0])
+            shares = zero_fractions(stats, factor, scheme)
             result.report["zero_fraction"] |= {group.name: shares} if shares else {}
+            result.report["outliers"][group.name] = input_outliers(
+                stats, factor, scheme.rotation if scheme else None
+            )
         for name in group.linears:
             scheme = schemes.get(prefix + name)
             if scheme is None:
                 continue
-            stats = inputs.get(group.name)
-            hessian = (
-                stats.hessian_after(factors.get(group.name), scheme.rotation) if stats else None
-            )
+            seen = inputs.get(group.name)
+            hessian = seen.hessian_after(factors.get(group.name), scheme.rotation) if seen else None
             _quantize_linear(
                 layer, name, recipe, recipe.weights_of(prefix + name), scheme, hessian, result
             )
@@ -101,7 +105,11 @@ def quantize_layer(
 
 
 def _scale_keys(
-    layer: nn.Module, recipe: Recipe, attention: Attention, keys: KeyStatistics
+    layer: nn.Module,
+    recipe: Recipe,
+    attention: Attention,
+    keys: KeyStatistics,
+    result: QuantizedLayer,
 ) -> torch.Tensor | None:
     """FireQ's two factors on keys: folds the one before RoPE, returns the one after it."""
     assert recipe.rope_scaling
@@ -109,6 +117,7 @@ def _scale_keys(
     assert keys.pairs is not None
     scaling = recipe.rope_scaling
     post, taken = None, torch.zeros_like(keys.absmax, dtype=torch.bool)
+    after = keys.absmax
     if scaling.beta is not None and scaling.top_k:
         post, taken = fireq.rope_post_factor(keys.absmax, scaling.beta, scaling.top_k)
     if scaling.alpha is not None:
@@ -117,6 +126,11 @@ def _scale_keys(
         if post is not None:
             # A pre factor shared by all heads can reach channels that a head's post factor takes.
             post = torch.where(taken, post / applied, post)
+        after = after * applied
+    result.report["outliers"]["keys"] = {
+        "before": outlier_ratio(keys.absmax),
+        "after": outlier_ratio(after if post is None else after * post),
+    }
     return post
 
 
@@ -245,7 +259,13 @@ def _quantize_linear(
     grid = rounding.Grid(scheme.weights.bits, scheme.weights.half)
     importance = hessian.diagonal() if hessian is not None else None
     scale = weight_scale(weight, scheme.weights, weights.clip, importance)
-    figures: dict[str, Any] = {"scheme": str(scheme), "rounding": weights.rounding}
+    rows, columns = weight.shape
+    figures: dict[str, Any] = {
+        "scheme": str(scheme),
+        "rounding": weights.rounding,
+        "weights": rows * columns,
+        "bits": scheme.packed_bytes(rows, columns) * 8 / (rows * columns),
+    }
     if weights.rounding == "gptq":
         assert hessian is not None
         solved = gptq(
