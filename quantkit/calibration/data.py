@@ -61,6 +61,8 @@ def read_text(name: str, *, split: str) -> str:
         raise QuantkitError(
             f"{name}: not UTF-8 text (byte {error.start}); convert it first"
         ) from None
+    if "\0" in text:
+        raise QuantkitError(f"{name}: not text: it holds zero bytes")
     if not text.strip():
         raise QuantkitError(f"{name}: the text is empty")
     return text

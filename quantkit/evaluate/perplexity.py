@@ -14,6 +14,10 @@ from quantkit.errors import QuantkitError
 PROTOCOL = "gptq"
 DEFAULT_SEQLEN = 2048
 _TOKENS_PER_BATCH = 4096
+# Logits of a batch: 2^28 of them are 0.5 GB in bf16. At least one window is taken whatever it needs.
+_LOGITS_PER_BATCH = 1 << 28
+
+Tell = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,13 @@ class Perplexity:
         return asdict(self)
 
 
-@torch.no_grad()
 def perplexity(
     model: Any,
     tokens: torch.Tensor,
     seqlen: int,
     *,
     limit: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Tell | None = None,
 ) -> Perplexity:
     """Perplexity of a model on tokens, int64 [n].
 
@@ -57,30 +60,68 @@ def perplexity(
     Raises:
         QuantkitError: the text is shorter than one window, or the model's outputs are not finite.
     """
+    blocks = cut_windows(tokens, seqlen, limit)
+    return perplexity_of(window_losses(model, blocks, progress), seqlen)
+
+
+def cut_windows(tokens: torch.Tensor, seqlen: int, limit: int | None = None) -> torch.Tensor:
+    """Consecutive windows, int64 [windows, seqlen], of tokens [n]; the last partial one is dropped.
+
+    Raises:
+        QuantkitError: there is not one whole window.
+    """
     windows = tokens.numel() // seqlen
     if windows == 0:
         raise QuantkitError(
             f"text of {tokens.numel()} tokens: shorter than one window of {seqlen}; use --seqlen"
         )
     windows = min(windows, limit or windows)
-    blocks = tokens[: windows * seqlen].view(windows, seqlen)
-    batch = max(1, _TOKENS_PER_BATCH // seqlen)
-    losses: list[torch.Tensor] = []
-    for first in range(0, windows, batch):
+    return tokens[: windows * seqlen].view(windows, seqlen)
+
+
+def batch_size(model: Any, seqlen: int) -> int:
+    """Windows that go through the model at once: the logits of a batch are what fills the memory."""
+    tokens = min(_TOKENS_PER_BATCH, _LOGITS_PER_BATCH // int(model.config.vocab_size))
+    return max(1, tokens // seqlen)
+
+
+@torch.no_grad()
+def window_losses(model: Any, blocks: torch.Tensor, progress: Tell | None = None) -> torch.Tensor:
+    """Mean token loss of each window, float64 [windows], of int64 [windows, seqlen]."""
+    losses = []
+    batch = batch_size(model, blocks.shape[1])
+    for first in range(0, len(blocks), batch):
         ids = blocks[first : first + batch].to(model.device)
-        logits = model(ids, use_cache=False).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), ids[:, 1:], reduction="none"
-        )
-        losses.append(loss.mean(1).double().cpu())
+        logits = model(ids, use_cache=False).logits[:, :-1]
+        losses += [mean_loss(row, window) for row, window in zip(logits, ids)]
         if progress:
-            progress(min(first + batch, windows), windows)
-    each = torch.cat(losses)
-    mean = float(each.mean())
+            progress(min(first + batch, len(blocks)), len(blocks))
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def mean_loss(logits: torch.Tensor, window: torch.Tensor) -> float:
+    """Mean loss of a window's tokens [seqlen] but the first, given logits [seqlen - 1, vocabulary]."""
+    loss = torch.nn.functional.cross_entropy(logits.float(), window[1:], reduction="none")
+    return float(loss.double().mean())
+
+
+def perplexity_of(losses: torch.Tensor, seqlen: int) -> Perplexity:
+    """The result from the windows' mean losses, float64 [windows].
+
+    Raises:
+        QuantkitError: they are not finite.
+    """
+    windows, mean = len(losses), float(losses.mean())
     if not math.isfinite(mean):
         raise QuantkitError(
             "the model's outputs on this text are not finite; the checkpoint is damaged"
         )
     ppl = math.exp(mean)
-    error = ppl * float(each.std()) / math.sqrt(windows) if windows > 1 else None
-    return Perplexity(ppl, windows * seqlen, windows, seqlen, error)
+    error = standard_error(losses)
+    return Perplexity(ppl, windows * seqlen, windows, seqlen, error and ppl * error)
+
+
+def standard_error(values: torch.Tensor) -> float | None:
+    """Of the mean of values [windows], from their spread; None where there is one."""
+    count = len(values)
+    return float(values.std()) / math.sqrt(count) if count > 1 else None

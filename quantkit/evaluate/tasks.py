@@ -8,22 +8,16 @@ from typing import Any
 from quantkit.errors import QuantkitError
 
 
-def run_tasks(
-    model: Any, tokenizer: Any, tasks: list[str], *, limit: int | None = None
-) -> dict[str, Any]:
-    """Task -> its metrics.
+def find_tasks(tasks: list[str]) -> tuple[Any, list[str]]:
+    """lm-eval's task manager, and the tasks as it names them.
 
     Args:
-        model: as `quantkit.load` gives it.
         tasks: lm-eval's names, or paths of task files (YAML).
-        limit: use at most so many examples of each.
 
     Raises:
         QuantkitError: lm-eval is not installed, or does not know a task.
     """
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise QuantkitError("--tasks needs lm-eval: pip install 'quantkit[lm-eval]'") from None
@@ -39,6 +33,26 @@ def run_tasks(
             raise QuantkitError(
                 f"{task}: lm-eval knows no such task; `lm-eval ls tasks` lists them"
             )
+    return manager, names
+
+
+def run_tasks(
+    model: Any, tokenizer: Any, tasks: list[str], *, limit: int | None = None
+) -> dict[str, Any]:
+    """Task -> its metrics.
+
+    Args:
+        model: as `quantkit.load` gives it.
+        tasks: lm-eval's names, or paths of task files (YAML).
+        limit: use at most so many examples of each.
+
+    Raises:
+        QuantkitError: lm-eval is not installed, does not know a task, or cannot have its data.
+    """
+    manager, names = find_tasks(tasks)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     try:
         found = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),

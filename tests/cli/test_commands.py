@@ -36,9 +36,10 @@ def test_eval_shows_the_original_beside(run, quantized, tiny, text: Path):
     out = run("eval", folder, "--ppl", text, "--limit", 5, "--seqlen", 64)
     assert str(tiny()) in out
     assert "ratio" in out
+    assert "KL" in out
     assert "protocol gptq: windows of 64 tokens" in out
     data = json.loads(run("eval", folder, "--ppl", text, "--ppl", "sample", "--limit", 5, "--json"))
-    assert set(data) == {"model", "ppl", "baseline", "bytes", "seconds"}
+    assert {"model", "ppl", "baseline", "bytes", "seconds"} <= set(data)
     assert set(data["ppl"]) == set(data["baseline"]) == {str(text), "sample"}
     assert set(data["ppl"]["sample"]) == {
         "ppl",
@@ -48,7 +49,20 @@ def test_eval_shows_the_original_beside(run, quantized, tiny, text: Path):
         "stderr",
         "protocol",
     }
+    assert 0 < data["divergence"]["sample"]["kl"] < 1
     assert json.loads(run("eval", tiny(), "--limit", 2, "--json"))["baseline"] is None
+
+
+def test_eval_of_several_models(run, quantized, tiny, tmp_path: Path):
+    folders, file = [quantized("int4"), quantized("int8")], tmp_path / "found.json"
+    out = run("eval", *folders, "--limit", 3, "--seqlen", 64, "-o", file)
+    rows = [line.split()[0] for line in out.splitlines()[1:4]]
+    assert rows == [str(tiny()), *map(str, folders)]
+    found = json.loads(file.read_text())["models"]
+    assert found[1]["divergence"]["sample"]["kl"] < found[0]["divergence"]["sample"]["kl"]
+    # Kept beside each model, for its report; nothing is put into a folder that is not ours.
+    assert json.loads((folders[1] / "quantkit" / "eval.json").read_text())["ppl"] == found[1]["ppl"]
+    assert not (tiny() / "quantkit").exists()
 
 
 def test_the_last_one_quantized_here_is_the_default(run, tiny, tmp_path: Path, monkeypatch):

@@ -228,12 +228,26 @@ def test_eval_and_generate(run: Run, model: Path, tmp_path: Path, monkeypatch: p
     assert "datasets" in line
     short = tmp_path / "short.txt"
     short.write_text("too short")
-    assert "shorter than one window" in refused(run, "eval", model, "--ppl", short)
+    assert "short.txt: text of 9 tokens: shorter" in refused(run, "eval", model, "--ppl", short)
+    for content, says in ((b"\x00\x01\x02" * 999, "not text"), (b"\xff\xfe" * 999, "not UTF-8")):
+        short.write_bytes(content)
+        assert says in refused(run, "eval", model, "--ppl", short)
+    assert "cannot be read" in refused(run, "eval", model, "--ppl", tmp_path)
+    assert "f1: unknown metric" in refused(run, "eval", model, "--metrics", "kl,f1")
+    assert "folder that exists" in refused(run, "eval", model, "-o", tmp_path / "no" / "file")
+    assert "--device" in refused(run, "eval", model, "--device", "tpu9")
     assert "at most 256 tokens" in refused(run, "eval", model, "--seqlen", 4096)
     assert "no such model" in refused(run, "eval", model, "--baseline", "nothing")
     assert "--limit 0" in refused(run, "eval", model, "--limit", 0)
     assert "shorten it" in refused(run, "generate", model, "word " * 300)
     assert "--max-new-tokens" in refused(run, "generate", model, "x", "--max-new-tokens", 0)
+
+
+def test_a_baseline_that_reads_other_tokens(run: Run, model: Path, tiny):
+    line = refused(run, "eval", model, "--baseline", "llama")
+    assert "different tokenizers" in line
+    assert "none" in line
+    assert run("eval", model, "--baseline", tiny(), "--limit", 1)[0] == 0
 
 
 def test_usage(run: Run):
