@@ -7,8 +7,11 @@ import torch.nn.functional as F
 
 from .cpu import kv4 as native
 from .dispatch import Op
-from .kv4 import check_packed, check_planar, fits_gpu, interleaved, kv4_dequantize
-from .quantize_fp8 import quantize_fp8
+from .gpu_layout import has_fp8
+from .kv4 import check_packed, check_planar, fits_gpu, interleaved, kv4_dequantize, split
+from .quantize_fp8 import E4M3, E4M3_MAX, quantize_fp8, safe_divisor
+
+PRODUCTS = ("exact", "fp8")
 
 
 def _reference(
@@ -23,6 +26,7 @@ def _reference(
     length: torch.Tensor | None = None,
     window: int = 0,
     planar: bool = False,
+    products: str = "exact",
 ) -> torch.Tensor:
     """softmax(scaling * q k^T + mask) v -> [B, Hq, T, D] in query's dtype, in float32 inside.
 
@@ -44,8 +48,13 @@ def _reference(
         window: where causal, a query sees only so many of the last keys; 0: all of them.
         planar: the caches' layout, see `kv4.planes`.
 
+    Where `products` is "fp8" the weights of a query, times the values' scales, are rounded to e4m3
+    before the product with the values' codes, the largest of them to 448: FireQ's P x 448, with the
+    scales in it. A kernel that meets the keys in tiles takes the largest so far: the same rounding of
+    numbers that differ by what the largest grew. "exact" keeps them in 16 bits or more.
+
     Raises:
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes do not fit together, or `products` is unknown.
     """
     batch, heads, tokens, dim = query.shape
     kv_heads = key.shape[1]
@@ -65,7 +74,20 @@ def _reference(
             scores = scores + grouped
     # A row of -inf alone would be NaN; such a query attends to nothing and gives zeros.
     weights = scores.softmax(dim=-1).nan_to_num(0.0)
+    if products == "fp8":
+        return fp8_weights(weights, v, value, dim).reshape(query.shape).to(query.dtype)
     return (weights @ v).reshape(query.shape).to(query.dtype)
+
+
+def fp8_weights(
+    weights: torch.Tensor, v: torch.Tensor, value: torch.Tensor, dim: int
+) -> torch.Tensor:
+    """weights [B, Hkv, G, T, S] @ v [B, Hkv, 1, S, D], rounded as `products="fp8"` says."""
+    scale = split(value, dim)[1].float()[:, :, None]
+    divisor = safe_divisor(scale)
+    scaled = weights * scale.transpose(-1, -2)
+    unit = safe_divisor(scaled.amax(dim=-1, keepdim=True) / E4M3_MAX)
+    return ((scaled / unit).to(E4M3).float() * unit) @ (v / divisor)
 
 
 def _cut(
@@ -130,7 +152,13 @@ def _cpu(
     length: torch.Tensor | None = None,
     window: int = 0,
     planar: bool = False,
+    products: str = "exact",
 ) -> torch.Tensor:
+    if products == "fp8":
+        return _reference(
+            query, key, value, mask, scaling, is_causal, post_scale, quantize_query, length, window,
+            planar, products,
+        )  # fmt: skip
     _, heads, tokens, dim = query.shape
     if length is not None and not planar:
         key, value, mask = _cut(key, value, mask, dim, length, planar)
@@ -177,6 +205,7 @@ def _triton(
     length: torch.Tensor | None = None,
     window: int = 0,
     planar: bool = False,
+    products: str = "exact",
 ) -> torch.Tensor:
     from .gpu import kv4_attention as gpu
 
@@ -192,6 +221,7 @@ def _triton(
         length,
         window,
         planar,
+        products,
     )
 
 
@@ -207,10 +237,13 @@ def _supports(
     length: torch.Tensor | None = None,
     window: int = 0,
     planar: bool = False,
+    products: str = "exact",
 ) -> bool:
     dim = query.shape[3]
     fits = all(fits_gpu(cache, dim) for cache in (key, value))
     same = key.shape == value.shape and key.stride() == value.stride()
+    if products == "fp8" and not has_fp8(query.device):
+        return False
     return fits and same and dim % 4 == 0 and dim <= 256 and query.dtype != torch.float64
 
 
@@ -226,6 +259,7 @@ def _check(
     length: torch.Tensor | None = None,
     window: int = 0,
     planar: bool = False,
+    products: str = "exact",
 ) -> None:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.dim() != 4 or key.dim() != 4 or key.shape[:3] != value.shape[:3]:
@@ -243,6 +277,8 @@ def _check(
         raise ValueError(f"post_scale must be [Hkv, D], got {tuple(post_scale.shape)}: {shapes}")
     if length is not None and (length.numel() != 1 or length.is_floating_point()):
         raise ValueError(f"length must be one integer, got {length.dtype} {tuple(length.shape)}")
+    if products not in PRODUCTS:
+        raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}")
     if window < 0:
         raise ValueError(f"window must be 0 (none) or more, got {window}")
     if planar:
@@ -262,6 +298,7 @@ def _fake(
     length: torch.Tensor | None = None,
     window: int = 0,
     planar: bool = False,
+    products: str = "exact",
 ) -> torch.Tensor:
     return query.new_empty(query.shape)
 

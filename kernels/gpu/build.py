@@ -25,7 +25,8 @@ _MODULES = (
     "linear",
     "int4_expand",
     "kv4_append",
-    "kv4_attention",
+    "kv4_decode",
+    "kv4_prefill",
     "kv4_expand",
 )
 
@@ -50,6 +51,8 @@ class Build:
         shared: the least shared memory in bytes that pipelining as deep as `num_stages` needs.
         tile: what a round of the longest loop handles (without a loop: a program): `elements`, the
             `bytes` of memory that these are, `operations` of the tensor cores.
+        shortest_loop: of several innermost loops the shortest is what most tiles take (the others have
+            comparisons for the last ones); else the longest.
         options: further compiler options, e.g. `{"maxnreg": 128}`.
     """
 
@@ -65,6 +68,7 @@ class Build:
     wide_loads: bool = True
     shared: int = 0
     tile: Mapping[str, float] = field(default_factory=dict)
+    shortest_loop: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -77,7 +81,7 @@ class Compiled:
         spills: bytes spilled to local memory per thread (stores and loads).
         shared: bytes of shared memory per program.
         instructions: SASS opcode (with its modifiers) -> how often it stands in the code.
-        loop: the same for the longest innermost loop: what one tile costs.
+        loop: the same for the innermost loop that does the work: what one tile costs.
         ttgir, ptx: Triton's last intermediate form and the PTX.
     """
 
@@ -153,7 +157,7 @@ def compile_build(build: Build, capability: int) -> Compiled:
         spills=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
         shared=compiled.metadata.shared,
         instructions=Counter(opcode for _, opcode, _ in instructions),
-        loop=_longest_loop(instructions),
+        loop=_loop(instructions, build.shortest_loop),
         ttgir=compiled.asm["ttgir"],
         ptx=compiled.asm["ptx"],
     )
@@ -207,8 +211,8 @@ def _instructions(sass: str) -> list[tuple[int, str, str]]:
     return resolved
 
 
-def _longest_loop(instructions: list[tuple[int, str, str]]) -> Counter[str]:
-    """The opcodes of the longest loop that holds no other loop."""
+def _loop(instructions: list[tuple[int, str, str]], shortest: bool) -> Counter[str]:
+    """The opcodes of the longest, or shortest worth the name, of the loops that hold no other loop."""
     loops = [
         (int(operands), position)
         for position, opcode, operands in instructions
@@ -220,5 +224,7 @@ def _longest_loop(instructions: list[tuple[int, str, str]]) -> Counter[str]:
     ]  # fmt: skip
     if not inner:
         return Counter()
-    start, end = max(inner, key=lambda loop: loop[1] - loop[0])
+    if shortest:
+        inner = [loop for loop in inner if loop[1] - loop[0] > _LEAST_INSTRUCTIONS] or inner
+    start, end = (min if shortest else max)(inner, key=lambda loop: loop[1] - loop[0])
     return Counter(opcode for _, opcode, _ in instructions[start : end + 1])

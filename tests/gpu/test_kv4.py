@@ -108,26 +108,104 @@ def test_a_static_cache(scale_dtype, there, planar, device, relative_error) -> N
 
 @pytest.mark.parametrize("split", [1, 2, 8])
 def test_splits_agree(split, device, relative_error) -> None:
-    from quantkit.kernels.gpu.kv4_attention import attention
+    from quantkit.kernels.gpu import kv4_decode
+    from quantkit.kernels.gpu.kv4_cache import hidden, readable
 
     key, value = (_packed((1, 2, 500, 64), "bfloat16", device) for _ in range(2))
     query = torch.randn(1, 8, 1, 64, device=device) * 30
     config = {"BM": 16, "BN": 64, "SPLIT": split, "num_warps": 4, "num_stages": 2}
-    found = attention(query, key, value, None, 0.125, False, None, True, config=config)
+    caches = (readable(cache, 64, False) for cache in (key, value))
+    seen = hidden(None, 1, 8, 1)
+    found = kv4_decode.attention(query, *caches, seen, 0.125, False, None, True, config=config)
     expected = kv4_attention.reference(query, key, value, None, 0.125, False)
     assert relative_error(found, expected) < BOUND
 
 
-@pytest.mark.parametrize(
-    ("tokens", "length", "window"), [(256, 256, 0), (260, 300, 0), (256, 300, 50)]
-)
-def test_long_prompts_expand(tokens, length, window, device, relative_error) -> None:
-    key, value = (_packed((1, 1, length + 16, 64), "bfloat16", device) for _ in range(2))
-    query = torch.randn(1, 2, tokens, 64, device=device)
-    there = torch.tensor([length], device=device)
-    arguments = (query, key, value, None, 0.125, True, None, True, there, window)
+def test_whole_prompts_expand(device, relative_error) -> None:
+    key, value = (_packed((1, 1, 272, 80), "bfloat16", device) for _ in range(2))
+    query = torch.randn(1, 2, 256, 80, device=device)
+    there = torch.tensor([256], device=device)
+    arguments = (query, key, value, None, 0.125, True, None, True, there)
     found = kv4_attention(*arguments)
     assert relative_error(found, kv4_attention.reference(*arguments)) < 1e-5
+
+
+# batch, query heads, KV heads, tokens, length, window, head_dim
+PROMPTS = [
+    (1, 4, 1, 40, 90, 0, 128),
+    (2, 2, 2, 70, 70, 0, 64),
+    (1, 4, 2, 33, 150, 0, 80),
+    (1, 3, 1, 30, 64, 20, 96),
+    (1, 2, 1, 70, 75, 40, 256),
+]
+
+
+@pytest.mark.parametrize(("products", "bound"), [("exact", BOUND), ("fp8", 0.03)])
+@pytest.mark.parametrize("shape", PROMPTS)
+def test_prompts(shape, products, bound, device, relative_error) -> None:
+    """Chunks and whole prompts by the fused kernel, in caches with room left over."""
+    batch, heads, kv_heads, tokens, length, window, dim = shape
+    scale_dtype = SCALES[tokens % 2]
+    key, value = (
+        _packed((batch, kv_heads, length + 9, dim), scale_dtype, device) for _ in range(2)
+    )
+    for cache in (key, value):
+        cache[:, :, length:, dim // 2 :] = 0x7F  # scales that are not numbers: must not be read
+    value[:, :, 3] = _packed((dim,), scale_dtype, device) * 0 + 136  # a value of zeros
+    value[:, :, 3, dim // 2 :] = 0
+    query = torch.randn(batch, tokens, heads, dim, device=device).transpose(1, 2)
+    there = torch.tensor(length, device=device)
+    post_scale = torch.rand(kv_heads, dim, device=device) + 0.5
+    arguments = (key, value, None, dim**-0.5, True, post_scale)
+    quantize_query = dim != 64  # else 16-bit products of the query as it is
+    given = query if quantize_query else query.bfloat16()
+    rest = (quantize_query, there, window, False, products)
+    found = kv4_attention(given, *arguments, *rest)
+    assert found.dtype == given.dtype
+    expected = kv4_attention.reference(given.float(), *arguments, *rest)
+    assert relative_error(found.float(), expected) < bound
+
+
+@pytest.mark.parametrize("products", ["exact", "fp8"])
+@pytest.mark.parametrize("split", [1, 4])
+def test_a_prompt_in_splits(split, products, device, relative_error) -> None:
+    from quantkit.kernels.gpu import kv4_prefill
+    from quantkit.kernels.gpu.kv4_cache import hidden, readable
+
+    key, value = (_packed((1, 2, 300, 64), "bfloat16", device) for _ in range(2))
+    query = torch.randn(1, 4, 40, 64, device=device) * 10
+    config = {"BM": 64, "BN": 64, "SPLIT": split, "num_warps": 4, "num_stages": 2}
+    caches = (readable(cache, 64, False) for cache in (key, value))
+    found = kv4_prefill.attention(
+        query, *caches, hidden(None, 1, 4, 40), 0.125, True, None, True, None, 0, products, config
+    )
+    expected = kv4_attention.reference(query, key, value, None, 0.125, True)
+    assert relative_error(found, expected) < (BOUND if products == "exact" else 0.04)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive", "per head"])
+def test_masks_of_prompts(kind, device, relative_error) -> None:
+    key, value = (_packed((2, 1, 90, 64), "bfloat16", device) for _ in range(2))
+    query = torch.randn(2, 2, 40, 64, device=device)
+    heads = 2 if kind == "per head" else 1
+    mask = torch.rand(2, heads, 40, 90, device=device) < 0.6
+    mask[:, :, 0] = False  # attends to nothing: zeros
+    mask[1, :, :, :70] = False  # left padding over more than a tile
+    if kind == "additive":
+        mask = torch.where(mask, torch.randn(mask.shape, device=device), -math.inf)
+    arguments = (query, key, value, mask, 0.125, False)
+    found = kv4_attention(*arguments)
+    assert relative_error(found, kv4_attention.reference(*arguments)) < BOUND
+    assert not found[:, :, 0].any()
+
+
+def test_few_queries_with_fp8_weights(device, relative_error) -> None:
+    key, value = (_packed((1, 1, 150, 64), "bfloat16", device) for _ in range(2))
+    query = torch.randn(1, 2, 1, 64, device=device)
+    arguments = (query, key, value, None, 0.125, False, None, True, None, 0, False)
+    found, exact = kv4_attention(*arguments, "fp8"), kv4_attention.reference(*arguments)
+    assert 5e-3 < relative_error(found, exact) < 0.04
+    assert relative_error(found, kv4_attention.reference(*arguments, "fp8")) < 0.03
 
 
 def test_empty(device) -> None:

@@ -1,4 +1,4 @@
-"""The attention kernels over INT4 keys and values: see `kv4_attention` for the picture and the launch."""
+"""The kernels of decoding over INT4 keys and values: see `kv4_decode` for the picture and the launch."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _add(weights, words, keep, o0, o1, o2, o3, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _exp2(x, INTERPRET: tl.constexpr):
+def exp2(x, INTERPRET: tl.constexpr):
     """2^x, with zero for what a float32 holds only without its leading bit: one instruction."""
     if INTERPRET:
         return tl.exp2(x)
@@ -122,19 +122,15 @@ def _exp2(x, INTERPRET: tl.constexpr):
 def _softmax(scores, factor, value_factor, largest, total, excess, INTERPRET: tl.constexpr):
     """(weights times the values' scales, what is kept of the sums so far, and the three running sums).
 
-    With few rows, total and excess are [BM, BN] and added up over the keys only at the end: sums here
-    would make all warps wait for each other. With many, every warp has rows of its own: they are [BM].
+    total and excess are [BM, BN] and added up over the keys only at the end: sums here would make all
+    warps wait for each other.
     """
     top = tl.maximum(largest, tl.max(scores, 1) * factor)
     # A row that has seen no key yet: its weights are zeros, not NaN.
     shift = tl.where(top == float("-inf"), 0.0, top)
-    keep = _exp2(largest - shift, INTERPRET)
-    weights = _exp2(scores * factor[:, None] - shift[:, None], INTERPRET)
-    LATE: tl.constexpr = len(total.shape) == 2
-    if LATE:
-        total = total * keep[:, None] + weights
-    else:
-        total = total * keep + tl.sum(weights, 1)
+    keep = exp2(largest - shift, INTERPRET)
+    weights = exp2(scores * factor[:, None] - shift[:, None], INTERPRET)
+    total = total * keep[:, None] + weights
     weights = weights * value_factor[None, :]
     if INTERPRET:
         rounded = round_to(weights, tl.bfloat16, INTERPRET)
@@ -148,10 +144,7 @@ def _softmax(scores, factor, value_factor, largest, total, excess, INTERPRET: tl
             is_pure=True,
             pack=2,
         )
-    if LATE:
-        excess = excess * keep[:, None] + rounded.to(tl.float32)
-    else:
-        excess = excess * keep + tl.sum(rounded.to(tl.float32), 1)
+    excess = excess * keep[:, None] + rounded.to(tl.float32)
     return rounded, keep, top, total, excess
 
 
@@ -258,12 +251,8 @@ def attention_kernel(
     place = batch * scales_batch + kv_head * scales_head + begin.to(tl.int64) * scales_token
     key_scales, value_scales = key_scale + place, value_scale + place
     largest = tl.full([BM], float("-inf"), tl.float32)
-    if BM == 16:
-        total = tl.zeros([BM, BN], tl.float32)
-        excess = tl.zeros([BM, BN], tl.float32)
-    else:
-        total = tl.zeros([BM], tl.float32)
-        excess = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM, BN], tl.float32)
+    excess = tl.zeros([BM, BN], tl.float32)
     o0 = tl.zeros([BM, WORDS], tl.float32)
     o1 = tl.zeros([BM, WORDS], tl.float32)
     o2 = tl.zeros([BM, WORDS], tl.float32)
@@ -343,10 +332,8 @@ def attention_kernel(
         )
         o0, o1, o2, o3 = _add(weights, value_words, keep, o0, o1, o2, o3, INTERPRET)
 
-    if BM == 16:
-        total = tl.sum(total, 1)
-        excess = tl.sum(excess, 1)
-    excess = excess[:, None] * _OFFSET
+    total = tl.sum(total, 1)
+    excess = tl.sum(excess, 1)[:, None] * _OFFSET
     if SPLIT > 1:
         line = (batch * KV_HEADS + kv_head) * GROUP * T + row
         y = partial + (line * SPLIT + split)[:, None] * DIM
@@ -386,8 +373,6 @@ def combine_kernel(
     partial,
     stats,
     out,
-    T,
-    ROWS,
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
