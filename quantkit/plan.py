@@ -8,11 +8,11 @@ from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.config import ONLINE_HADAMARD, requirements
-from quantkit.formats.scheme import KVFormat, Scheme
+from quantkit.formats.scheme import Scheme
 from quantkit.models.names import find_model
 from quantkit.models.structure import Structure, build_skeleton, find_structure, load_config
 from quantkit.recipe import Recipe
+from quantkit.servers import who_serves
 
 
 @dataclass(frozen=True)
@@ -159,31 +159,6 @@ def _splits(structure: Structure, recipe: Recipe, parts: int) -> bool:
         for columns in split
         for size in sizes or [1]
     )
-
-
-def who_serves(schemes: dict[str, Scheme], kv_cache: KVFormat | None) -> dict[str, str]:
-    """Server -> what it does with a checkpoint of these schemes, in words for `plan` and `inspect`."""
-    cache = "; keys and values in 16 bits there" if kv_cache else ""
-    if ONLINE_HADAMARD in requirements(schemes):
-        refuse = "no: it ignores the online rotation and gives garbage; use quantkit.load"
-        return {"quantkit": "yes", "transformers": refuse, "vLLM": refuse, "SGLang": refuse}
-    bits = {(s.weights.bits, s.activations.bits if s.activations else 16) for s in schemes.values()}
-    floats = any(s.activations and s.activations.type == "float" for s in schemes.values())
-    if bits <= {(4, 16), (8, 8)}:
-        other = vllm = "yes"
-    elif floats:
-        vllm, other = (
-            "GPUs of compute capability 9.0 (Hopper)",
-            "weights only: activations stay in 16 bits",
-        )
-    else:
-        vllm = other = "weights only: activations stay in 16 bits"
-    return {
-        "quantkit": "yes",
-        "transformers": "yes, with compressed-tensors" + cache,
-        "vLLM": vllm + cache,
-        "SGLang": other + cache,
-    }
 
 
 def default_output(model: str, recipe: Recipe) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit.cli.models import model_or_last
-from quantkit.cli.output import JsonOption, out, print_json, size
+from quantkit.cli.output import JsonOption, out, print_json, print_servers, size
 
 if TYPE_CHECKING:
     from quantkit.formats.config import QuantizationInfo
@@ -25,7 +25,7 @@ def command(
     from quantkit.formats.checkpoint import Checkpoint
     from quantkit.formats.config import parse_quantization_config
     from quantkit.models.names import find_model
-    from quantkit.plan import who_serves
+    from quantkit.servers import who_serves
 
     name = model_or_last(model)
     checkpoint = Checkpoint(find_model(name))
@@ -59,8 +59,7 @@ def command(
         )
         return
     _print(name, info, table, checkpoint.bytes, kept, modules)
-    for server, words in servers.items():
-        out.print(f"  {server:<13}{words}", markup=False)
+    print_servers(servers)
 
 
 def _print(

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import quantkit
-from quantkit.cli import bench, evaluate, generate, inspect, plan, quantize, recipes, verify
+from quantkit.cli import bench, evaluate, generate, inspect, plan, quantize, recipes, serve, verify
 from quantkit.errors import InternalError, QuantkitError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("quantize")(quantize.command)
 app.command("plan")(plan.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
+app.command("serve")(serve.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("recipes")(recipes.command)

@@ -31,6 +31,13 @@ def print_table(rows: list[list[str]]) -> None:
         print("  ".join(cells))
 
 
+def print_servers(servers: dict[str, str]) -> None:
+    """Who serves a checkpoint, a line each."""
+    width = max(map(len, servers)) + 2
+    for server, words in servers.items():
+        out.print(f"  {server:<{width}}{words}", markup=False)
+
+
 def note(text: str) -> None:
     """A line on stderr that is no result."""
     err.print(text, style="dim", markup=False)

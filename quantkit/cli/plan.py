@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.output import JsonOption, out, print_json, size
+from quantkit.cli.output import JsonOption, out, print_json, print_servers, size
 
 
 def command(
@@ -59,6 +59,5 @@ def command(
         "  tensor parallel "
         + ", ".join(f"{n}: {'yes' if ok else 'no'}" for n, ok in plan.tensor_parallel.items())
     )
-    for server, words in plan.servers.items():
-        out.print(f"  {server:<15}{words}", markup=False)
+    print_servers(plan.servers)
     out.print(f"  would write    {default_output(model, plan.recipe)}")

@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit.cli.output import JsonOption, err, note, out, print_json, progress_bar, size
+from quantkit.cli.output import (
+    JsonOption,
+    err,
+    note,
+    out,
+    print_json,
+    print_servers,
+    progress_bar,
+    size,
+)
 
 
 def command(
@@ -98,6 +107,5 @@ def _print(report: dict[str, Any]) -> None:
             f"  GPTQ fell back to plain rounding in {len(fell)} linears: {', '.join(fell[:3])}",
             markup=False,
         )
-    for server, words in report["servers"].items():
-        out.print(f"  {server:<13}{words}", markup=False)
+    print_servers(report["servers"])
     out.print(f"next: quantkit eval {report['output']} --ppl sample")

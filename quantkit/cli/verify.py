@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.models import model_or_last
-from quantkit.cli.output import JsonOption, out, print_json
+from quantkit.cli.output import JsonOption, out, print_json, print_servers
 
 
 def command(
@@ -20,12 +20,18 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Check hashes, that every target is quantized, scales, names and shapes, and a sanity text."""
+    from quantkit.formats.checkpoint import Checkpoint
+    from quantkit.formats.config import parse_quantization_config
+    from quantkit.models.names import find_model
+    from quantkit.servers import who_serves
     from quantkit.verify import verify
 
     name = model_or_last(model)
     result = verify(name, against=against)
+    info = parse_quantization_config(Checkpoint(find_model(name)).config, name)
+    servers = who_serves(info.schemes, info.kv_cache)
     if as_json:
-        print_json({"model": name} | result.to_dict())
+        print_json({"model": name} | result.to_dict() | {"servers": servers})
     else:
         for check in result.checks:
             out.print(f"  checked  {check}", markup=False)
@@ -35,5 +41,6 @@ def command(
         out.print(
             f"{name}: {'whole' if not wrong else f'{wrong} problem' + ('s' if wrong > 1 else '')}"
         )
+        print_servers(servers)
     if result.problems:
         raise typer.Exit(2)

@@ -1,0 +1,36 @@
+"""docs/serving.md says of each recipe what the code says."""
+
+from pathlib import Path
+
+import pytest
+
+from quantkit.plan import make_plan
+from quantkit.recipe import Recipe, recipe_names
+from quantkit.servers import SERVERS
+
+PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
+
+
+def table() -> dict[str, list[str]]:
+    rows = {}
+    for line in PAGE.read_text(encoding="utf-8").split("## Who runs what")[1].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and set(cells[0]) != {"-"}:
+            rows[cells[0]] = cells[1:]
+        elif line.startswith("##"):
+            break
+    return rows
+
+
+def test_every_recipe_and_server_has_a_cell():
+    rows = table()
+    assert rows.pop("recipe") == list(SERVERS)
+    assert {name.split(",")[0].strip("`") for name in rows} == set(recipe_names())
+
+
+@pytest.mark.parametrize("row", [row for row in table() if row != "recipe"])
+def test_the_page_says_what_plan_says(row: str, tiny):
+    name, _, setting = row.partition(", ")
+    recipe = Recipe.load(name.strip("`"), [setting.strip("`")] if setting else None)
+    servers = make_plan(str(tiny()), recipe).servers
+    assert [servers[s].partition(":")[0].partition(";")[0] for s in SERVERS] == table()[row]
