@@ -35,6 +35,16 @@ def edit(folder: Path, target: Path, change) -> Path:
     return target
 
 
+def assert_same_tensors(one: Path, other: Path) -> None:
+    """The same names, types and bytes."""
+    a, b = Checkpoint(one), Checkpoint(other)
+    assert a.tensors.keys() == b.tensors.keys()
+    for name in a.tensors:
+        x, y = a.read(name), b.read(name)
+        assert x.dtype == y.dtype
+        assert torch.equal(x.view(torch.uint8), y.view(torch.uint8)), name
+
+
 def test_importing_quantkit_imports_neither_torch_nor_transformers():
     code = "import sys, quantkit; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -84,13 +94,8 @@ def test_save_and_reload_bit_for_bit(quantized, tmp_path: Path, recipe: str, how
     folder, target = quantized(recipe), tmp_path / "saved"
     model = load(folder) if how == "load" else AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(target, max_shard_size="200KB")
-    source, saved = Checkpoint(folder), Checkpoint(target)
-    assert len(saved.files) > 1
-    assert source.tensors.keys() == saved.tensors.keys()
-    for name in source.tensors:
-        a, b = source.read(name), saved.read(name)
-        assert a.dtype == b.dtype
-        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
+    assert len(Checkpoint(target).files) > 1
+    assert_same_tensors(target, folder)
     assert verify(target, against=None).problems == []
     again = AutoModelForCausalLM.from_pretrained(target)
     with torch.no_grad():
@@ -134,9 +139,7 @@ def test_layers_left_on_disk_give_the_same(quantized, tmp_path: Path):
         want.generate(ids(), **SETTINGS, do_sample=False),
     )
     model.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == (
-        folder / "model.safetensors"
-    ).read_bytes()
+    assert_same_tensors(tmp_path / "saved", folder)
 
 
 def test_torch_compile_takes_it_whole(quantized):
