@@ -14,7 +14,18 @@ from typing import Annotated
 import typer
 
 import quantkit
-from quantkit.cli import bench, evaluate, generate, inspect, plan, quantize, recipes, serve, verify
+from quantkit.cli import (
+    bench,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    plan,
+    quantize,
+    recipes,
+    serve,
+    verify,
+)
 from quantkit.errors import InternalError, QuantkitError
 
 app = typer.Typer(
@@ -31,6 +42,7 @@ app.command("plan")(plan.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("serve")(serve.command)
+app.command("export")(export.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("recipes")(recipes.command)

@@ -78,7 +78,6 @@ def address(model: Path, tmp_path_factory) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.serving
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 class TestTheServer:
     def client(self, address: str):
