@@ -68,7 +68,7 @@ def quantize_layer(
         report={"linears": {}, "factors": {}, "zero_fraction": {}, "outliers": {}}
     )
     factors: dict[str, torch.Tensor] = {}
-    if keys is not None and recipe.rope_scaling:
+    if keys is not None and recipe.rope_scaling and not structure.attention.why_no_factors:
         result.post_scale = _scale_keys(layer, recipe, structure.attention, keys, result)
     for group in structure.groups:
         scheme = schemes.get(prefix + group.linears[0])

@@ -27,6 +27,7 @@ class Plan:
         peak_bytes: estimated peak of host memory that the layer stream needs.
         servers: server -> what it does with the result.
         tensor_parallel: size -> whether groups and heads stay whole.
+        notes: transforms of the recipe that this structure cannot take, and why.
     """
 
     checkpoint: Checkpoint
@@ -40,6 +41,7 @@ class Plan:
     peak_bytes: int
     servers: dict[str, str]
     tensor_parallel: dict[int, bool]
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -52,6 +54,7 @@ class Plan:
             "peak_bytes": self.peak_bytes,
             "servers": self.servers,
             "tensor_parallel": self.tensor_parallel,
+            "notes": self.notes,
         }
 
 
@@ -78,9 +81,13 @@ def make_plan(
 
     linears = [n for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)]
     schemes = recipe.resolve(structure, linears)
-    odd = [a.attention.head_dim for a in structure.layer_structures if a.attention.head_dim % 2]
-    if recipe.kv_cache and odd:
-        raise QuantkitError(f"{model}: head_dim {odd[0]} is odd; INT4 keys and values pack pairs")
+    why = next(
+        (x.attention.why_not_packed for x in structure.kinds if x.attention.why_not_packed), ""
+    )
+    if recipe.kv_cache and why:
+        raise QuantkitError(
+            f"{model}: keys and values cannot be kept in four bits: {why}; --set kv_cache=null leaves them"
+        )
     before = {name: checkpoint.tensors[f"{name}.weight"].bytes for name in schemes}
     after = {
         name: scheme.packed_bytes(*checkpoint.tensors[f"{name}.weight"].shape)
@@ -105,7 +112,21 @@ def make_plan(
         ),
         servers=who_serves(schemes, recipe.kv_format()),
         tensor_parallel={n: _splits(structure, recipe, n) for n in (1, 2, 4, 8)},
+        notes=left_out(structure, recipe),
     )
+
+
+def left_out(structure: Structure, recipe: Recipe) -> list[str]:
+    """What of the recipe this structure cannot take, and why; one line each."""
+    notes: dict[str, None] = {}
+    for layer in structure.kinds:
+        if recipe.rope_scaling and layer.attention.why_no_factors:
+            notes[f"no rope_scaling: {layer.attention.why_no_factors}"] = None
+        for group in layer.groups:
+            wanted = recipe.channel_scaling and group.place in recipe.channel_scaling.places
+            if wanted and group.feeder is None:
+                notes[f"no factor at {group.name}: {group.why_not}"] = None
+    return list(notes)
 
 
 def _check_tensors(checkpoint: Checkpoint, skeleton: Any, structure: Structure) -> None:
@@ -131,7 +152,7 @@ def _peak_bytes(
     checkpoint: Checkpoint, structure: Structure, recipe: Recipe, samples: int, seqlen: int
 ) -> int:
     """One float32 layer twice (as loaded, as simulated), its Hessians, the activations, the embedding, the libraries."""
-    shapes = [list(layer.shapes.values()) for layer in structure.layer_structures]
+    shapes = [list(layer.shapes.values()) for layer in structure.kinds]
     layer = max(sum(rows * columns for rows, columns in linears) for linears in shapes) * 4
     libraries = 500 * 2**20
     if not recipe.needs_calibration:
@@ -149,7 +170,7 @@ def _splits(structure: Structure, recipe: Recipe, parts: int) -> bool:
     sizes = [recipe.rotation.block] if recipe.rotation else []
     if recipe.weights.group_size != "channel":
         sizes.append(recipe.weights.group_size)
-    layers = structure.layer_structures
+    layers = structure.kinds
     split = {
         layer.shapes[group.linears[0]][1]
         for layer in layers for group in layer.place("o") + layer.place("down")

@@ -15,8 +15,9 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.config import QuantizationInfo, parse_quantization_config
 from quantkit.formats.packed import expected_tensors
 from quantkit.formats.writer import sha256
+from quantkit.models.folding import may_change
 from quantkit.models.names import find_model
-from quantkit.models.structure import build_skeleton, load_config
+from quantkit.models.structure import build_skeleton, find_structure, load_config
 
 _SANITY_TOKENS = 256
 # The mean token loss of a model that knows nothing is ln(vocabulary); a broken one lies well above it.
@@ -110,7 +111,9 @@ def _check_source(
     checkpoint: Checkpoint, info: QuantizationInfo, source: Checkpoint, result: Verification
 ) -> None:
     copied = 0
-    folded = _may_change(info)
+    where = str(checkpoint.path)
+    skeleton = build_skeleton(load_config(checkpoint.config, where), where)
+    folded = may_change(find_structure(skeleton, where))
     for name, there in source.tensors.items():
         module, _, kind = name.rpartition(".")
         if module in info.schemes and kind == "weight":
@@ -122,7 +125,7 @@ def _check_source(
             result.problems.append(
                 f"{name}: {here.dtype} {list(here.shape)} here, not as in the original"
             )
-        elif not folded(name):
+        elif name not in folded:
             a, b = checkpoint.load(name), source.load(name)
             # Bytes, not values: NaN differs from itself.
             if not torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
@@ -130,15 +133,6 @@ def _check_source(
             copied += 1
     result.checks.append(
         f"{len(source.tensors)} tensors of the original, {copied} of them byte for byte"
-    )
-
-
-def _may_change(info: QuantizationInfo) -> Any:
-    """Norms and biases of quantized layers may have taken in a factor; nothing else may differ."""
-    layers = {name.partition(".self_attn.")[0].partition(".mlp.")[0] + "." for name in info.schemes}
-    return lambda name: (
-        any(name.startswith(layer) for layer in layers)
-        and ("norm" in name or name.endswith(".bias"))
     )
 
 

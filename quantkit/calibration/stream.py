@@ -14,31 +14,12 @@ from quantkit.calibration.activations import Activations
 from quantkit.calibration.statistics import InputStatistics, KeyStatistics
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.memory import trim
+from quantkit.models.entry import LayerCall, layer_calls, outside
 from quantkit.models.groups import LayerStructure
 from quantkit.models.structure import Structure
 
 # Tokens per forward: enough to keep the cores busy, small enough that a layer's intermediates stay small.
 _TOKENS_PER_BATCH = 4096
-
-
-class _Recorder(nn.Module):
-    """Stands where a decoder layer stands, and notes the arguments that the model calls it with."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        # Not a sub-module: the model may read attributes of the layer, but must not see its parameters.
-        self.__dict__["layer"] = layer
-        self.arguments: dict[str, Any] = {}
-
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.arguments = arguments
-        return hidden_states
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["layer"], name)
 
 
 class LayerStream:
@@ -74,7 +55,8 @@ class LayerStream:
         self._structure = structure
         self._layers: Any = skeleton.get_submodule(structure.layers)
         self._device = device
-        self._arguments: list[dict[str, Any]] = []
+        # Batch size -> what each layer is called with: some models make masks and biases for each sequence.
+        self._calls: dict[int, list[LayerCall]] = {}
         self._store = store or Activations(Path())
         self.hidden: torch.Tensor | None = None
         self.hidden_reference: torch.Tensor | None = None
@@ -97,39 +79,35 @@ class LayerStream:
 
     @torch.no_grad()
     def _embed(self, skeleton: nn.Module, tokens: torch.Tensor, done: int) -> None:
-        """Run the model with its layers replaced: gives the first layer's input and every layer's arguments."""
-        base: Any = skeleton.get_submodule(self._structure.layers.rpartition(".")[0])
+        """Run the model up to its decoder layers: gives the first one's input, and what each is called with."""
+
+        def value(name: str, parameter: nn.Parameter) -> torch.Tensor:
+            if parameter is embedding.weight:
+                return torch.empty(1, parameter.shape[1])  # rows come with the tokens
+            return self._checkpoint.read(name, finite=True).float()
+
+        base: Any = skeleton.base_model
         embedding = base.get_input_embeddings()
         name = next(n for n, m in skeleton.named_modules() if m is embedding)
-
-        def embed(some: torch.Tensor) -> torch.Tensor:
-            """Only the rows that occur are read."""
-            wanted, place = some.unique(return_inverse=True)
-            rows = self._checkpoint.gather(f"{name}.weight", wanted)
-            embedding.weight = nn.Parameter(rows, requires_grad=False)
-            found: torch.Tensor = embedding(place).float()
-            embedding.to("meta")
-            return found
-
-        hidden = embed(tokens[:1])
-        shape = (*tokens.shape, hidden.shape[-1])
-        if done:
-            self.hidden = self._store.load(f"{done}-hidden", *shape)
-        else:
-            self.hidden = self._store.empty(*shape)
+        with outside(skeleton, self._structure.layers, value, self._device):
             for first in range(0, len(tokens), self._batch):
                 batch = tokens[first : first + self._batch]
-                self.hidden[first : first + len(batch)] = embed(batch)
-                self._store.release()
-
-        recorders = [_Recorder(layer) for layer in self._layers]
-        layers, norm = base.layers, base.norm
-        base.layers, base.norm = nn.ModuleList(recorders), nn.Identity()
-        base.rotary_emb.to(self._device)
-        # One row is enough: all blocks have the same length and no padding, so masks and positions agree.
-        base(inputs_embeds=hidden[:1].to(self._device), use_cache=False)
-        base.layers, base.norm = layers, norm
-        self._arguments = [recorder.arguments for recorder in recorders]
+                if done and len(batch) in self._calls:
+                    continue
+                embedded = _rows(embedding, self._checkpoint, name, batch)
+                hidden, calls = layer_calls(
+                    skeleton, self._structure.layers, embedded.to(self._device)
+                )
+                self._calls.setdefault(len(batch), calls)
+                if self.hidden is None:
+                    shape = (*tokens.shape, hidden.shape[-1])
+                    if done:
+                        self.hidden = self._store.load(f"{done}-hidden", *shape)
+                    else:
+                        self.hidden = self._store.empty(*shape)
+                if not done:
+                    self.hidden[first : first + len(batch)] = hidden.to(self.hidden.device)
+                    self._store.release()
 
     @contextmanager
     def layer(self, number: int) -> Iterator[nn.Module]:
@@ -158,8 +136,7 @@ class LayerStream:
         assert self.hidden is not None
         for first in range(0, self.hidden.shape[0], self._batch):
             batch = self.hidden[first : first + self._batch].to(self._device)
-            output = layer(batch, **self._arguments[number])
-            sink(first, output[0] if isinstance(output, tuple) else output)
+            sink(first, self._calls[batch.shape[0]][number].run(layer, batch))
             self._store.release()
 
     def advance(self, layer: nn.Module, number: int) -> None:
@@ -171,6 +148,18 @@ class LayerStream:
             hidden[first : first + output.shape[0]] = output.to(hidden.device)
 
         self.run(layer, number, replace)
+
+
+def _rows(embedding: Any, checkpoint: Checkpoint, name: str, tokens: torch.Tensor) -> torch.Tensor:
+    """What an input embedding gives for tokens; only the rows that occur are read."""
+    wanted, place = tokens.unique(return_inverse=True)
+    kept, embedding.padding_idx = embedding.padding_idx, None  # it counts rows of the whole table
+    embedding.weight = nn.Parameter(
+        checkpoint.gather(f"{name}.weight", wanted), requires_grad=False
+    )
+    found: torch.Tensor = embedding(place).float()
+    embedding.padding_idx = kept
+    return found
 
 
 @contextmanager

@@ -51,6 +51,8 @@ def command(
     if modules:
         for name, each in plan.schemes.items():
             out.print(f"    {name}  {each}", markup=False)
+    for note in plan.notes:
+        out.print(f"  left out       {note}", markup=False)
     before, after = plan.linear_bytes
     out.print(f"  linears        {size(before)} -> {size(after)} ({after / before:.3f})")
     out.print(f"  checkpoint     {size(plan.total_bytes[0])} -> {size(plan.total_bytes[1])}")

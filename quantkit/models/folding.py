@@ -12,6 +12,23 @@ import torch
 from torch import nn
 
 from quantkit.models.groups import Attention, InputGroup
+from quantkit.models.structure import Structure
+
+
+def may_change(structure: Structure) -> set[str]:
+    """Full names of the tensors that stay in 16 bits and may have taken a factor in: norms, biases, routers."""
+    names: set[str] = set()
+    for number, layer in enumerate(structure.layer_structures):
+        prefix, attention = structure.prefix(number), layer.attention
+        changed = {f"{linear}.bias" for linear in layer.shapes}
+        for group in layer.groups:
+            changed |= {f"{name}.weight" for name in group.others}
+            if group.feeder is not None and group.feeder.norm:
+                changed |= {f"{group.feeder.module}.weight", f"{group.feeder.module}.bias"}
+        if attention.key_norm:
+            changed |= {f"{attention.path}.q_norm.weight", f"{attention.path}.k_norm.weight"}
+        names |= {prefix + name for name in changed}
+    return names
 
 
 @torch.no_grad()
@@ -67,26 +84,25 @@ def fold_rope_factor(layer: nn.Module, a: torch.Tensor, shape: Attention) -> tor
 
     Args:
         a: [KV heads, head_dim], equal on both members of each RoPE pair.
-        shape: of the layer's attention.
+        shape: of the layer's attention, which can take such factors.
 
     Returns:
         The factor that was applied: a itself, or, where queries and keys are normalised per head, the
         power of two that suits all heads, since q_norm and k_norm have one weight for all.
     """
-    attention: Any = layer.get_submodule(shape.path)
     if shape.key_norm:
+        attention: Any = layer.get_submodule(shape.path)
         shared = torch.exp2(torch.floor(torch.log2(a.amin(0))))
         attention.k_norm.weight.mul_(shared)
         attention.q_norm.weight.div_(shared)
         return shared.expand_as(a)
-    for projection, factor in (
-        (attention.k_proj, a.reshape(-1)),
-        (
-            attention.q_proj,
-            1 / a.repeat_interleave(shape.heads // shape.kv_heads, 0).reshape(-1),
-        ),
-    ):
-        projection.weight.mul_(factor[:, None])
+    assert shape.keys is not None
+    assert shape.queries is not None
+    down = 1 / a.repeat_interleave(shape.heads // shape.kv_heads, 0)
+    for heads, factor in ((shape.keys, a), (shape.queries, down)):
+        projection: Any = layer.get_submodule(heads.module)
+        rows = heads.rows.flatten().to(factor.device)
+        projection.weight[rows] *= factor.reshape(-1)[:, None]
         if projection.bias is not None:
-            projection.bias.mul_(factor)
+            projection.bias[rows] *= factor.reshape(-1)
     return a

@@ -50,6 +50,7 @@ class InputGroup:
         others: modules that read the input too and are never quantized (a router): a factor multiplies
             their columns as well.
         parts: groups of the same linears whose inputs are some tokens of this one each (experts).
+        why_not: why no factor can be folded, if there is no feeder.
     """
 
     name: str
@@ -58,20 +59,33 @@ class InputGroup:
     feeder: Feeder | None
     others: tuple[str, ...] = ()
     parts: tuple[InputGroup, ...] = ()
+    why_not: str = ""
 
     @property
     def watched(self) -> str:
         """The module whose input is this group's, all tokens of it."""
-        return self.others[0] if self.parts else self.linears[0]
+        partial = {name for part in self.parts for name in part.linears}
+        return next(name for name in self.linears + self.others if name not in partial)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """Where queries or keys come from: rows int64 [heads, head_dim] of a linear's outputs."""
+
+    module: str
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Attention:
     """The attention of a layer.
 
     Attributes:
         path: name within the layer.
         key_norm: whether queries and keys are normalised per head (q_norm, k_norm).
+        queries, keys: where they come from, when factors on keys before RoPE can be folded; else None.
+        why_no_factors: why not, in a few words.
+        why_not_packed: why keys and values cannot be kept in four bits, or nothing if they can.
     """
 
     path: str
@@ -79,6 +93,10 @@ class Attention:
     kv_heads: int
     head_dim: int
     key_norm: bool = False
+    queries: Heads | None = None
+    keys: Heads | None = None
+    why_no_factors: str = ""
+    why_not_packed: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,13 +1,14 @@
-"""What a decoder model is made of, found by looking at its modules rather than by a file per architecture.
+"""What a decoder model is made of, found by trying its layers rather than by a file per architecture.
 
-A model is taken if each decoder layer is two residual branches, `norm -> attention` and `norm -> gated MLP`,
-with the linears below. Anything else is refused by name: a transform applied to a structure it was not
-made for would change the function in silence.
+Each kind of decoder layer is run without its weights (`probe`), and the numbers show how data flows
+(`discover`). What cannot be understood is refused by name: a transform applied to a structure it was not made for
+would change the function in silence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch
 from torch import nn
 
 from quantkit.errors import QuantkitError
-from quantkit.models.groups import Attention, Feeder, InputGroup, LayerStructure
+from quantkit.models.discover import Unsupported, find_layer
+from quantkit.models.entry import LayerCall, layer_calls, outside
+from quantkit.models.experts import unstack_experts
+from quantkit.models.groups import InputGroup, LayerStructure
+from quantkit.models.probe import NAME, TOKENS, ProbedLayer, register
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
-_LINEARS = tuple(f"self_attn.{n}" for n in _ATTENTION) + tuple(f"mlp.{n}" for n in _MLP)
-SUPPORTED = "Llama, Mistral, Qwen2, Qwen3 and models built like them"
+SUPPORTED = "decoders such as Llama, Gemma, OPT or Mixtral"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,11 @@ class Structure:
     @property
     def num_layers(self) -> int:
         return len(self.layer_structures)
+
+    @property
+    def kinds(self) -> tuple[LayerStructure, ...]:
+        """The different ones among the layers."""
+        return tuple({id(layer): layer for layer in self.layer_structures}.values())
 
     def layer(self, number: int) -> LayerStructure:
         return self.layer_structures[number]
@@ -90,7 +97,10 @@ def load_config(config: dict[str, Any], where: str) -> Any:
 
 
 def build_skeleton(config: Any, where: str, *, attention: str = "sdpa") -> nn.Module:
-    """The model with its parameters on the meta device and its buffers (RoPE's frequencies) real."""
+    """The model with its parameters on the meta device and its buffers (RoPE's frequencies) real.
+
+    Experts are single linears. Where the model's own attention cannot be exchanged for `attention`, it keeps its own.
+    """
     from accelerate import init_empty_weights
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
@@ -100,6 +110,11 @@ def build_skeleton(config: Any, where: str, *, attention: str = "sdpa") -> nn.Mo
         raise QuantkitError(
             f"{where}: {config.model_type!r} is not a causal language model; {SUPPORTED} work"
         )
+    made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if attention != "sdpa" and not getattr(made, "_supports_attention_backend", False):
+        attention = "sdpa"
+    if not getattr(made, "_supports_sdpa", False):
+        attention = "eager"
     try:
         with init_empty_weights(include_buffers=False):
             model: nn.Module = AutoModelForCausalLM.from_config(
@@ -109,114 +124,93 @@ def build_skeleton(config: Any, where: str, *, attention: str = "sdpa") -> nn.Mo
         raise QuantkitError(
             f"{where}: transformers cannot build this {config.model_type!r} ({_one_line(error)})"
         ) from None
+    unstack_experts(model)
     return model.eval()
 
 
+@torch.no_grad()
 def find_structure(model: nn.Module, where: str) -> Structure:
     """The structure of a model built by `build_skeleton`.
 
     Raises:
-        QuantkitError: the model is not built as this module's docstring says, with what differs.
+        QuantkitError: the model is not built as `discover` understands, with what differs.
     """
     config: Any = model.config
     name = type(model).__name__
 
     def refuse(why: str) -> QuantkitError:
-        return QuantkitError(
-            f"{where}: {name} ({config.model_type}) is not supported: {why}; {SUPPORTED} work"
-        )
+        return QuantkitError(f"{where}: {name} ({config.model_type}) is not supported: {why}")
 
     layers = [
         (path, module) for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == getattr(config, "num_hidden_layers", -1)
     ]  # fmt: skip
+    layers = [
+        found for found in layers
+        if not any(found[0].startswith(f"{other}.") for other, _ in layers)
+    ]  # fmt: skip
     if len(layers) != 1 or not layers[0][1]:
         raise refuse("no single list of decoder layers was found")
     path, blocks = layers[0][0], list[Any](layers[0][1])
-    expected = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-    for number, block in enumerate(blocks):
-        children = dict(block.named_children())
-        if set(children) != expected:
-            raise refuse(
-                f"layer {number} has {', '.join(sorted(children))}, not {', '.join(sorted(expected))}"
-            )
-        linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        if set(linears) != set(_LINEARS):
-            raise refuse(
-                f"layer {number} has linears {', '.join(sorted(linears)) or 'of another kind'}"
-            )
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            if not _is_rms_norm(children[norm]):
-                raise refuse(
-                    f"layer {number}'s {norm} is not a plain RMSNorm (weight * normalised input)"
-                )
-    block = blocks[0]
-    norms = {n for n, _ in block.self_attn.named_children()} - set(_ATTENTION) - {"rotary_fn"}
-    if norms not in (set(), {"q_norm", "k_norm"}) or not set(_MLP) <= {
-        n for n, _ in block.mlp.named_children()
-    }:
-        raise refuse(f"its attention has {', '.join(sorted(norms))}")
-    if getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
-        raise refuse("RoPE turns only a part of each head")
-    shapes = {n: tuple(block.get_submodule(n).weight.shape) for n in _LINEARS}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if shapes["self_attn.k_proj"][0] != config.num_key_value_heads * head_dim:
-        raise refuse(f"k_proj has {shapes['self_attn.k_proj'][0]} rows, not KV heads x head_dim")
-    attention = Attention(
-        "self_attn",
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        head_dim,
-        key_norm=bool(norms),
-    )
-    layer = _layer(attention, {n: (int(s[0]), int(s[1])) for n, s in shapes.items()})
+    known: dict[Any, LayerStructure] = {}
+    number = 0
+    with _probing(model):
+        try:
+            calls = _calls(model, path, int(config.hidden_size))
+            for number, block in enumerate(blocks):
+                kind = _kind(block)
+                if kind not in known:
+                    probe = ProbedLayer(block, calls[number], int(config.hidden_size))
+                    known[kind] = find_layer(probe, int(head_dim))
+        except Unsupported as error:
+            raise refuse(f"layer {number}: {error}") from None
+        except Exception as error:  # a model may fail in any way on what others take
+            raise refuse(f"layer {number} cannot be run alone ({_one_line(error)})") from None
     return Structure(
         model_type=config.model_type,
         architecture=name,
         layers=path,
-        layer_structures=(layer,) * len(blocks),
-        max_positions=int(getattr(config, "max_position_embeddings", 2048)),
+        layer_structures=tuple(known[_kind(block)] for block in blocks),
+        max_positions=int(getattr(config, "max_position_embeddings", None) or 2048),
     )
 
 
-def _layer(attention: Attention, shapes: dict[str, tuple[int, int]]) -> LayerStructure:
-    qkv, gate_up = _LINEARS[:3], _LINEARS[4:6]
-    channels = torch.arange(attention.heads * attention.head_dim)
-    repeats = attention.heads // attention.kv_heads
-    head, channel = channels // attention.head_dim, channels % attention.head_dim
-    from_v = head // repeats * attention.head_dim + channel
-    from_up = torch.arange(shapes["mlp.up_proj"][0])
-    return LayerStructure(
-        groups=(
-            InputGroup("qkv", "qkv", qkv, Feeder("input_layernorm", True)),
-            InputGroup(
-                "o", "o", ("self_attn.o_proj",), Feeder("self_attn.v_proj", False, rows=from_v)
-            ),
-            InputGroup("gate_up", "gate_up", gate_up, Feeder("post_attention_layernorm", True)),
-            InputGroup(
-                "down", "down", ("mlp.down_proj",), Feeder("mlp.up_proj", False, rows=from_up)
-            ),
-        ),
-        shapes=shapes,
-        fused=(qkv, gate_up),
-        attention=attention,
-        mlp="mlp",
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    """What layers of one structure have in common: modules, shapes, and switches such as RoPE or none."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple((n, tuple(p.shape)) for n, p in module._parameters.items() if p is not None),
+            tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, (bool, str)))),
+        )
+        for name, module in block.named_modules()
     )
 
 
-def _is_rms_norm(norm: nn.Module) -> bool:
-    """Whether norm(x) = weight * x / rms(x), found by trying it: Gemma's is (1 + weight) under the same name."""
-    parameters = dict(norm.named_parameters())
-    if set(parameters) != {"weight"}:
-        return False
-    x = torch.linspace(-1.0, 2.0, parameters["weight"].shape[0])
-    weight = torch.linspace(0.5, 3.0, x.numel())
+@contextmanager
+def _probing(model: Any) -> Iterator[None]:
+    """Within the context, attention layers hand what they attend over to `probe`, where they can."""
+    register()
+    config = model.config
+    before = config._attn_implementation
+    config._attn_implementation = NAME if model._supports_attention_backend else "eager"
     try:
-        got = torch.func.functional_call(norm, {"weight": weight}, (x[None],))
-    except (RuntimeError, TypeError, AttributeError):
-        return False
-    want = weight * x / x.square().mean().sqrt()
-    return bool(torch.allclose(got[0].float(), want, rtol=1e-2, atol=1e-3))
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _calls(model: Any, layers: str, hidden: int) -> list[LayerCall]:
+    """What a model calls each layer with, found on a model whose other weights are zeros that take no memory."""
+
+    def zeros(_: str, parameter: nn.Parameter) -> torch.Tensor:
+        return torch.zeros(()).expand(parameter.shape)
+
+    with outside(model, layers, zeros) as embedding:
+        size = getattr(embedding, "embedding_dim", hidden)
+        return layer_calls(model, layers, torch.zeros(1, TOKENS, size))[1]
 
 
 def _one_line(error: Exception) -> str:

@@ -188,8 +188,10 @@ def attach_quantizers(model: nn.Module, checkpoint: Checkpoint, info: Quantizati
         raise QuantkitError(
             f"{path}: is missing; the keys of this checkpoint cannot be read without it"
         )
+    # A decoder layer may know its number too: the innermost module that does is the attention.
+    known = [(n, m) for n, m in model.named_modules() if getattr(m, "layer_idx", None) is not None]
     attentions: list[Any] = [
-        m for m in model.modules() if hasattr(m, "k_proj") and hasattr(m, "layer_idx")
+        m for n, m in known if not any(other.startswith(f"{n}.") for other, _ in known)
     ]
     for attention in attentions:
         scale = scales.get(str(attention.layer_idx))

@@ -3,7 +3,7 @@ import torch
 from tiny_models import ARCHITECTURES, make_config
 
 from quantkit.errors import QuantkitError
-from quantkit.models.groups import PLACES, Attention
+from quantkit.models.groups import PLACES
 from quantkit.models.structure import build_skeleton, find_structure, load_config
 
 _TINY = {
@@ -23,7 +23,11 @@ def test_supported(model_type: str):
     found = find_structure(model, model_type)
     assert found.num_layers == 2
     layer = found.layer(0)
-    assert layer.attention == Attention("self_attn", 4, 2, 64, model_type == "qwen3")
+    attention = layer.attention
+    assert (attention.path, attention.heads, attention.kv_heads) == ("self_attn", 4, 2)
+    assert (attention.head_dim, attention.key_norm) == (64, model_type == "qwen3")
+    assert layer.mlp == "mlp"
+    assert layer.fused == (layer.groups[0].linears, layer.groups[2].linears)
     assert [group.name for group in layer.groups] == list(PLACES)
     assert set(layer.shapes) == {name for group in layer.groups for name in group.linears}
     assert layer.shapes["mlp.down_proj"] == (256, 384)
@@ -36,13 +40,11 @@ def test_supported(model_type: str):
 @pytest.mark.parametrize(
     ("model_type", "says"),
     [
-        ("gemma", "not a plain RMSNorm"),
-        ("gpt_neox", "layer 0 has"),
-        ("opt", "layer 0 has"),
-        ("mixtral", "layer 0 has linears"),
-        ("olmo2", "layer 0 has"),
-        ("gpt2", "layer 0 has"),
-        ("bert", "layer 0 has"),
+        ("deepseek_v3", "self_attn.q_a_proj feeds no other linear"),
+        ("olmo2", "what mlp.gate_proj reads comes neither from a norm"),
+        ("gpt2", "no linear, but Conv1D"),
+        ("bert", "attention looks ahead"),
+        ("mamba", "cannot be run alone"),
         ("t5", "not a causal language model"),
         ("vit", "not a causal language model"),
     ],
