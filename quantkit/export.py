@@ -159,7 +159,7 @@ def dequantized(checkpoint: Checkpoint, name: str, scheme: Scheme) -> torch.Tens
     else:
         codes = checkpoint.load(f"{name}.weight")
     weight = dequantize(codes, scale, Grid(scheme.weights.bits, scheme.weights.half))
-    return rotate(weight, scheme.rotation) if scheme.rotation else weight
+    return rotate(weight, scheme.rotation, inverse=True) if scheme.rotation else weight
 
 
 def _write_with_header(

@@ -18,6 +18,7 @@ from quantkit.methods.gptq import gptq
 from quantkit.methods.hadamard import rotate
 from quantkit.models.folding import fold_factor, fold_rope_factor
 from quantkit.models.groups import Attention, InputGroup, LayerStructure
+from quantkit.models.rotating import turn_values, value_block
 from quantkit.recipe import Recipe, Weights
 from quantkit.runtime.activations import round_activation
 
@@ -68,6 +69,7 @@ def quantize_layer(
         report={"linears": {}, "factors": {}, "zero_fraction": {}, "outliers": {}}
     )
     factors: dict[str, torch.Tensor] = {}
+    turned = value_block(structure) if recipe.rotation and recipe.rotation.values else None
     if keys is not None and recipe.rope_scaling and not structure.attention.why_no_factors:
         result.post_scale = _scale_keys(layer, recipe, structure.attention, keys, result)
     for group in structure.groups:
@@ -79,25 +81,31 @@ def quantize_layer(
             or group.feeder is None
         ):
             continue
-        factor, figures = choose_factor(layer, group, recipe, prefix, scheme, inputs[group.name])
+        rotation = turned if turned and group.place == "o" else scheme.rotation
+        factor, figures = choose_factor(
+            layer, group, recipe, prefix, scheme, inputs[group.name], rotation
+        )
         if factor is not None:
             factors[group.name] = fold_factor(layer, group, factor, norm_dtype)
         result.report["factors"][group.name] = figures
+    if turned:
+        turn_values(layer, structure, turned)
     for group in structure.groups:
         if group.name in inputs:
             stats, factor = inputs[group.name], factors.get(group.name)
             scheme = schemes.get(prefix + group.linears[0])
             shares = zero_fractions(stats, factor, scheme)
             result.report["zero_fraction"] |= {group.name: shares} if shares else {}
-            result.report["outliers"][group.name] = input_outliers(
-                stats, factor, scheme.rotation if scheme else None
-            )
+            online = scheme.rotation if scheme else None
+            rotation = turned if turned and group.place == "o" else online
+            result.report["outliers"][group.name] = input_outliers(stats, factor, rotation)
         for name in group.linears:
             scheme = schemes.get(prefix + name)
             if scheme is None:
                 continue
             seen = inputs.get(group.name)
-            hessian = seen.hessian_after(factors.get(group.name), scheme.rotation) if seen else None
+            rotation = turned if turned and group.place == "o" else scheme.rotation
+            hessian = seen.hessian_after(factors.get(group.name), rotation) if seen else None
             _quantize_linear(
                 layer, name, recipe, recipe.weights_of(prefix + name), scheme, hessian, result
             )
@@ -141,8 +149,12 @@ def choose_factor(
     prefix: str,
     scheme: Scheme,
     stats: InputStatistics,
+    rotation: int | None = None,
 ) -> tuple[torch.Tensor | None, dict[str, Any]]:
     """The channel factor of one input group: the exponent with the least joint error of input and weights.
+
+    Args:
+        rotation: the block by which the input is rotated before it is rounded, online or in the weights.
 
     Returns:
         (d [K], or None for the identity; figures for the report).
@@ -159,8 +171,13 @@ def choose_factor(
         candidates,
         stats.rows,
         weights,
-        partial(_round_input, scheme=scheme),
-        partial(_round_weight, weights=recipe.weights_of(prefix + group.linears[0]), scheme=scheme),
+        partial(_round_input, scheme=scheme, rotation=rotation),
+        partial(
+            _round_weight,
+            weights=recipe.weights_of(prefix + group.linears[0]),
+            scheme=scheme,
+            rotation=rotation,
+        ),
     )
     chosen = next(
         (e for e, d in zip(exponents, candidates) if d is best or torch.equal(d, best)), None
@@ -206,23 +223,24 @@ def _factor(
     return smoothing.normalise(d)
 
 
-def _round_input(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+def _round_input(x: torch.Tensor, scheme: Scheme, rotation: int | None) -> torch.Tensor:
     """Rotated back after rounding, so that the product stands in the original basis."""
-    if not scheme.rotation:
+    if not rotation:
         return round_activation(x, scheme.activations)
-    # The normalised Hadamard matrix is symmetric: it is its own inverse.
-    return rotate(round_activation(rotate(x, scheme.rotation), scheme.activations), scheme.rotation)
+    return rotate(round_activation(rotate(x, rotation), scheme.activations), rotation, inverse=True)
 
 
-def _round_weight(w: torch.Tensor, weights: Weights, scheme: Scheme) -> torch.Tensor:
-    if scheme.rotation:
-        w = rotate(w, scheme.rotation)
+def _round_weight(
+    w: torch.Tensor, weights: Weights, scheme: Scheme, rotation: int | None
+) -> torch.Tensor:
+    if rotation:
+        w = rotate(w, rotation)
     grid = rounding.Grid(scheme.weights.bits, scheme.weights.half)
     # A clip search per candidate costs much and moves all candidates alike.
     clip = "gaussian" if weights.clip == "gaussian" else "absmax"
     scale = weight_scale(w, scheme.weights, clip, None)
     w = rounding.dequantize(rounding.quantize(w, scale, grid), scale, grid)
-    return rotate(w, scheme.rotation) if scheme.rotation else w
+    return rotate(w, rotation, inverse=True) if rotation else w
 
 
 def weight_scale(

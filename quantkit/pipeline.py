@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,7 @@ def _quantize_layers(
             device,
             store=store,
             done=state.done,
+            basis=plan.basis,
         )
     for number in range(state.done, total):
         tell(number, total, f"layer {number}")
@@ -293,10 +295,15 @@ def _write_layer(
 
 
 def _copy_the_rest(plan: Plan, folder: OutputFolder) -> None:
-    """Embeddings, head, final norm, and whatever else lies in the checkpoint, byte for byte."""
+    """Embeddings, head, final norm, and whatever else lies in the checkpoint: byte for byte, or turned."""
+    turned = plan.basis.outside if plan.basis else set()
     for name in plan.checkpoint.tensors:
-        if not _in_a_layer(name, plan):
+        if not _in_a_layer(name, plan) and name not in turned:
             copy_tensor(plan.checkpoint, name, folder)
+            folder.end_of_layer()
+    if plan.basis:
+        for name, tensor in plan.basis.turn_outside(partial(plan.checkpoint.load, finite=True)):
+            folder.add(name, tensor)
             folder.end_of_layer()
 
 
@@ -353,11 +360,14 @@ def _finish(
             "calibration": data.to_dict() if data else None,
             "shards": hashes,
             "post_rope_scale": bool(scales),
+            "residual_basis": asdict(plan.basis) if plan.basis else None,
         }
         quantization = build_quantization_config(
             plan.schemes, plan.unquantized_linears, plan.recipe.kv_format(), meta
         )
-        return plan.checkpoint.config | {"quantization_config": quantization}
+        # A head that was tied took the final norm's weight in, which the embedding must not have.
+        untied = {"tie_word_embeddings": False} if plan.basis and plan.basis.tied else {}
+        return plan.checkpoint.config | untied | {"quantization_config": quantization}
 
     folder.finish(side, config, check)
 

@@ -24,7 +24,9 @@ ELEMENTS = 1 << 21
 def rounds_plainly(plan: Plan) -> bool:
     """Whether each linear is rounded on its own: nothing is learned, and nothing is moved between weights."""
     tensors = plan.checkpoint.tensors
-    return not plan.recipe.needs_calibration and all(
+    rotation = plan.recipe.rotation
+    moved = rotation is not None and (rotation.residual or rotation.values)
+    return not (plan.recipe.needs_calibration or moved) and all(
         f"{name}.weight" in tensors and len(tensors[f"{name}.weight"].shape) == 2
         for name in plan.schemes
     )

@@ -10,6 +10,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.scheme import Scheme
 from quantkit.models.names import find_model
+from quantkit.models.rotating import ResidualBasis, check_values, residual_basis
 from quantkit.models.structure import Structure, build_skeleton, find_structure, load_config
 from quantkit.recipe import Recipe
 from quantkit.servers import who_serves
@@ -28,6 +29,7 @@ class Plan:
         servers: server -> what it does with the result.
         tensor_parallel: size -> whether groups and heads stay whole.
         notes: transforms of the recipe that this structure cannot take, and why.
+        basis: what the residual stream is turned into, or None.
     """
 
     checkpoint: Checkpoint
@@ -42,6 +44,7 @@ class Plan:
     servers: dict[str, str]
     tensor_parallel: dict[int, bool]
     notes: list[str]
+    basis: ResidualBasis | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -94,6 +97,12 @@ def make_plan(
         for name, scheme in schemes.items()
     }
     linear_bytes = (sum(before.values()), sum(after.values()))
+    turned = recipe.rotation is not None and recipe.rotation.residual
+    basis = residual_basis(skeleton, structure, model) if turned else None
+    if recipe.rotation and recipe.rotation.values:
+        check_values(structure, model)
+    # A tied head gets weights of its own: the final norm goes into it.
+    untied = checkpoint.tensors[f"{basis.embedding}.weight"].bytes if basis and basis.tied else 0
     return Plan(
         checkpoint=checkpoint,
         skeleton=skeleton,
@@ -102,7 +111,10 @@ def make_plan(
         schemes=schemes,
         unquantized_linears=[name for name in linears if name not in schemes],
         linear_bytes=linear_bytes,
-        total_bytes=(checkpoint.bytes, checkpoint.bytes - linear_bytes[0] + linear_bytes[1]),
+        total_bytes=(
+            checkpoint.bytes,
+            checkpoint.bytes - linear_bytes[0] + linear_bytes[1] + untied,
+        ),
         peak_bytes=_peak_bytes(
             checkpoint,
             structure,
@@ -113,6 +125,7 @@ def make_plan(
         servers=who_serves(schemes, recipe.kv_format()),
         tensor_parallel={n: _splits(structure, recipe, n) for n in (1, 2, 4, 8)},
         notes=left_out(structure, recipe),
+        basis=basis,
     )
 
 
@@ -167,18 +180,19 @@ def _peak_bytes(
 
 def _splits(structure: Structure, recipe: Recipe, parts: int) -> bool:
     """Whether `parts` ranks get whole heads and whole groups: o_proj and down_proj are split along their inputs."""
-    sizes = [recipe.rotation.block] if recipe.rotation else []
-    if recipe.weights.group_size != "channel":
-        sizes.append(recipe.weights.group_size)
+    group_size = 1 if recipe.weights.group_size == "channel" else recipe.weights.group_size
     layers = structure.kinds
     split = {
-        layer.shapes[group.linears[0]][1]
+        (group.place, layer.shapes[group.linears[0]][1])
         for layer in layers for group in layer.place("o") + layer.place("down")
     }  # fmt: skip
     return all(layer.attention.kv_heads % parts == 0 for layer in layers) and all(
         columns % parts == 0 and (columns // parts) % size == 0
-        for columns in split
-        for size in sizes or [1]
+        for place, columns in split
+        for size in (
+            group_size,
+            (recipe.rotation.block_of(place, columns) if recipe.rotation else None) or 1,
+        )
     )
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat
+from quantkit.methods.hadamard import known_block, widest_block
 from quantkit.models.groups import PLACES, Place
 from quantkit.models.structure import Structure
 
@@ -93,16 +94,54 @@ class RopeScaling(_Strict):
 
 
 class Rotation(_Strict):
-    """The online Hadamard rotation of every quantized linear's input, in blocks; weights are rotated to match."""
+    """Hadamard rotations, which spread outliers. Those that the weights can take in cost nothing at run time.
 
-    block: int = 128
+    Attributes:
+        residual: the residual stream, turned in the weights: the inputs of qkv and gate_up.
+        values: each value head, turned in v_proj and o_proj: the input of o.
+        inputs: places whose input is rotated while the model runs, in blocks.
+        block: of those: a power of two or one times 12, 20, 28, ...; `full` is the widest that divides an input.
+    """
+
+    residual: bool = False
+    values: bool = False
+    inputs: list[Place] | Literal["all", "none"] = "all"
+    block: int | Literal["full"] = 128
 
     @field_validator("block")
     @classmethod
-    def _power_of_two(cls, block: int) -> int:
-        if block < 2 or block & (block - 1):
-            raise ValueError(f"{block} is not a power of two")
+    def _known(cls, block: int | str) -> int | str:
+        if isinstance(block, int) and (block < 2 or not known_block(block)):
+            raise ValueError(
+                f"{block} is no known Hadamard order; a power of two is, or one times 12, 20, 28, ..."
+            )
         return block
+
+    @model_validator(mode="after")
+    def _once(self) -> Rotation:
+        offline = [*(("qkv", "gate_up") if self.residual else ()), *(("o",) if self.values else ())]
+        twice = [place for place in self.online if place in offline]
+        if twice:
+            raise ValueError(
+                f"inputs: {', '.join(twice)}: turned in the weights already; "
+                f"inputs: {[p for p in self.online if p not in offline] or 'none'} goes with it"
+            )
+        if not (offline or self.online):
+            raise ValueError("inputs: none, and nothing else is rotated; rotation: null says that")
+        return self
+
+    @property
+    def online(self) -> tuple[str, ...]:
+        """The places whose input is rotated while the model runs."""
+        return (
+            PLACES if self.inputs == "all" else () if self.inputs == "none" else tuple(self.inputs)
+        )
+
+    def block_of(self, place: str, columns: int) -> int | None:
+        """The online rotation of a place with `columns` inputs, or None."""
+        if place not in self.online:
+            return None
+        return widest_block(columns) if self.block == "full" else self.block
 
 
 class GPTQ(_Strict):
@@ -198,8 +237,8 @@ class Recipe(_Strict):
         rule = self.rule_for(module)
         return (rule and rule.weights) or self.weights
 
-    def scheme_of(self, module: str) -> Scheme | None:
-        """The scheme of a linear, or None if it stays as it is."""
+    def scheme_of(self, module: str, rotation: int | None = None) -> Scheme | None:
+        """The scheme of a linear whose input is rotated online in blocks, or None if it stays as it is."""
         rule = self.rule_for(module)
         if any(fnmatch.fnmatch(module, pattern) for pattern in self.ignore) or (rule and rule.skip):
             return None
@@ -213,7 +252,7 @@ class Recipe(_Strict):
                 half=weights.grid == "half",
             ),
             ActivationFormat(acts.bits, acts.type, acts.grid == "half") if acts else None,
-            self.rotation.block if self.rotation else None,
+            rotation,
         )
 
     def kv_format(self) -> KVFormat | None:
@@ -238,8 +277,10 @@ class Recipe(_Strict):
                     f"recipe {self.name}: {what}: {pattern!r} matches no linear; names look like {linears[0]}"
                 )
         schemes = {}
+        places = structure.places()
         for module, (_, columns) in structure.shapes().items():
-            scheme = self.scheme_of(module)
+            online = self.rotation.block_of(places[module], columns) if self.rotation else None
+            scheme = self.scheme_of(module, online)
             if scheme is None:
                 continue
             self._check_shape(module, scheme, columns)

@@ -17,6 +17,7 @@ from quantkit.formats.packed import expected_tensors
 from quantkit.formats.writer import sha256
 from quantkit.models.folding import may_change
 from quantkit.models.names import find_model
+from quantkit.models.rotating import ResidualBasis, turned_tensors
 from quantkit.models.structure import build_skeleton, find_structure, load_config
 
 _SANITY_TOKENS = 256
@@ -113,7 +114,13 @@ def _check_source(
     copied = 0
     where = str(checkpoint.path)
     skeleton = build_skeleton(load_config(checkpoint.config, where), where)
-    folded = may_change(find_structure(skeleton, where))
+    structure = find_structure(skeleton, where)
+    basis = info.meta.get("residual_basis")
+    turned = ResidualBasis(**basis) if basis else None
+    rotation = info.meta.get("recipe", {}).get("rotation") or {}
+    changed = may_change(structure) | turned_tensors(
+        structure, turned, bool(rotation.get("values"))
+    )
     for name, there in source.tensors.items():
         module, _, kind = name.rpartition(".")
         if module in info.schemes and kind == "weight":
@@ -125,7 +132,7 @@ def _check_source(
             result.problems.append(
                 f"{name}: {here.dtype} {list(here.shape)} here, not as in the original"
             )
-        elif name not in folded:
+        elif name not in changed:
             a, b = checkpoint.load(name), source.load(name)
             # Bytes, not values: NaN differs from itself.
             if not torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
@@ -134,6 +141,20 @@ def _check_source(
     result.checks.append(
         f"{len(source.tensors)} tensors of the original, {copied} of them byte for byte"
     )
+    if turned:
+        _check_turned(checkpoint, source, turned, result)
+
+
+def _check_turned(
+    checkpoint: Checkpoint, source: Checkpoint, basis: ResidualBasis, result: Verification
+) -> None:
+    """What a rotation of the residual stream makes of embedding, head and final norm, done again."""
+    for name, want in basis.turn_outside(source.load):
+        got = checkpoint.load(name).float()
+        # Another machine's sums may round another way in the last place.
+        if got.shape != want.shape or not torch.allclose(got, want.float(), rtol=0.01, atol=1e-4):
+            result.problems.append(f"{name}: is not the original's, turned into the recorded basis")
+    result.checks.append("embedding, head and final norm: the original's, turned")
 
 
 def _check_text(path: Path, checkpoint: Checkpoint, result: Verification) -> None:

@@ -9,26 +9,35 @@ from quantkit.models.outliers import plant_outliers
 from quantkit.models.structure import find_structure
 from quantkit.recipe import Recipe
 
+_ONLINE = ("rotation={block: 128}", "channel_scaling.places=[qkv, o, gate_up, down]")
 
-@pytest.mark.parametrize("recipe", ["quest-hadamard", "crossquant"])
-def test_gptq_gets_the_hessian_of_what_the_weight_will_read(recipe: str, monkeypatch):
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "place"),
+    [("quest-hadamard", _ONLINE, "qkv"), ("crossquant", (), "qkv"), ("quest-hadamard", (), "o")],
+)
+def test_gptq_gets_the_hessian_of_what_the_weight_will_read(
+    recipe: str, settings, place: str, monkeypatch
+):
     """Of the input after the factors are folded and rotated, not of the input that was measured."""
     model = make_model("llama")
     model.load_state_dict(plant_outliers(model.state_dict(), model.config.to_dict()))
     structure, block = find_structure(model, "m"), model.model.layers[0]
-    loaded = Recipe.load(recipe)
+    loaded = Recipe.load(recipe, list(settings))
     schemes = loaded.resolve(structure, [n for n, _ in structure.modules()] + ["lm_head"])
+    if place == "o":  # which reads what quantized projections give otherwise
+        schemes = {n: s for n, s in schemes.items() if n[-6:] not in ("q_proj", "k_proj", "v_proj")}
     hidden = torch.randn(2, 40, 256, generator=torch.Generator().manual_seed(0))
     positions = model.model.rotary_emb(hidden, torch.arange(40)[None])
     with (
-        observe(block, structure.layer(0), hessians={"qkv"}, keep_rows=64, batches=1) as (
+        observe(block, structure.layer(0), hessians={place}, keep_rows=64, batches=1) as (
             inputs,
             keys,
         ),
         torch.no_grad(),
     ):
         block(hidden, position_embeddings=positions)
-    before = inputs["qkv"].hessian.clone()
+    before = inputs[place].hessian.clone()
     seen: list[torch.Tensor] = []
     real = module.gptq
 
@@ -38,16 +47,21 @@ def test_gptq_gets_the_hessian_of_what_the_weight_will_read(recipe: str, monkeyp
 
     monkeypatch.setattr(module, "gptq", spy)
     # The other inputs' Hessians are not at issue here.
-    for group in ("o", "gate_up", "down"):
+    for group in {"qkv", "o", "gate_up", "down"} - {place}:
         inputs[group].hessian = torch.eye(inputs[group].absmax.numel())
     module.quantize_layer(
         block, "model.layers.0.", loaded, schemes, structure.layer(0), inputs, keys, torch.bfloat16
     )
+    read: list[torch.Tensor] = []
+    reader = block.self_attn.q_proj if place == "qkv" else block.self_attn.o_proj
+    reader.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
     with torch.no_grad():
-        x = block.input_layernorm(hidden).reshape(-1, 256)
-    if loaded.rotation:
-        x = rotate(x, loaded.rotation.block)
+        block(hidden, position_embeddings=positions)
+    x = read[0].reshape(-1, 256)
+    rotation = schemes[f"model.layers.0.self_attn.{place[0]}_proj"].rotation
+    if rotation:
+        x = rotate(x, rotation)
     want = 2 * x.T @ x
-    for hessian in seen[:3]:
+    for hessian in seen[:3] if place == "qkv" else seen[:1]:
         assert float((hessian - want).norm() / want.norm()) < 1e-4
     assert float((before - want).norm() / want.norm()) > 0.1

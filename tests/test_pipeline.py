@@ -196,3 +196,33 @@ def test_an_output_that_does_not_verify_is_a_failure(
     with pytest.raises(InternalError, match="zero, negative or not finite"):
         quantize(str(tiny()), "int4", tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scheme", ["int8", "online"])
+def test_a_rotated_model_is_the_model(tmp_path: Path, text: Path, tied: bool, scheme: str):
+    """At eight bits the outputs are close to the original's; a tied head is written on its own."""
+    from quantkit.runtime.load import load
+
+    source = save_model(tmp_path / "model", "qwen2", tie_word_embeddings=tied)
+    turned = "rotation={residual: true, values: true, inputs: none}"
+    if scheme == "online":
+        turned = "rotation={residual: true, values: true, inputs: [down], block: full}"
+    quantize(str(source), "int8", tmp_path / "out", overrides=[turned])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    out, before = Checkpoint(tmp_path / "out"), Checkpoint(source)
+    assert ("lm_head.weight" in before.tensors) is not tied
+    assert "lm_head.weight" in out.tensors
+    for name in out.tensors:
+        if name.endswith(("layernorm.weight", "model.norm.weight")):
+            assert torch.equal(out.load(name), torch.ones_like(out.load(name)))
+    same = torch.equal(
+        out.load("model.embed_tokens.weight"), before.load("model.embed_tokens.weight")
+    )
+    assert not same
+    ids = torch.randint(2, 512, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        got = load(tmp_path / "out", dtype=torch.float32)(ids, use_cache=False).logits
+        want = load(source, dtype=torch.float32)(ids, use_cache=False).logits
+    assert float((got - want).norm() / want.norm()) < 0.06  # otherwise above 1

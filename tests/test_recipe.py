@@ -27,7 +27,9 @@ def test_every_recipe_of_the_package_resolves(structure, linears):
         "int4",
         "int8",
         "quest-hadamard",
+        "quest-hadamard-offline",
         "quest-hadamard-w4a4",
+        "quest-hadamard-w4a4kv4",
     ]
     for name in recipe_names():
         assert len(Recipe.load(name).resolve(structure, linears)) == 14
@@ -46,8 +48,20 @@ def test_schemes_are_what_the_names_say():
         WeightFormat(4, 128, "fp8_channel"), ActivationFormat(8, "float")
     )
     assert Recipe.load("quest-hadamard-w4a4").scheme_of(module) == Scheme(
-        WeightFormat(4, 128, half=True), ActivationFormat(4, half=True), rotation=128
+        WeightFormat(4, 128, half=True), ActivationFormat(4, half=True)
     )
+
+
+def test_each_rotation_is_where_the_recipe_says(structure, linears):
+    def online(*settings: str) -> dict[str, int | None]:
+        schemes = Recipe.load("quest-hadamard", list(settings)).resolve(structure, linears)
+        names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+        return {name: schemes[f"model.layers.1.{name}"].rotation for name in names}
+
+    assert list(online().values()) == [None, None, None, 128]
+    assert list(online("rotation.block=full").values()) == [None, None, None, 384]
+    assert list(online("rotation.inputs=none").values()) == [None] * 4
+    assert list(online("rotation={inputs: [o], block: full}").values()) == [None, 256, None, None]
 
 
 def test_extends_merges_and_set_overrides(tmp_path: Path):
@@ -92,8 +106,13 @@ def test_rules_give_a_module_another_scheme(structure, linears, tmp_path: Path):
         ("weights: {bits: four}", "weights.bits: 'four' is not supported"),
         ("weights: 4", "weights:"),
         ("{}", "weights: is required"),
-        ("weights: {}\nrotation: {block: 100}", "rotation.block: 100 is not a power of two"),
+        ("weights: {}\nrotation: {block: 92}", "rotation.block: 92 is no known Hadamard order"),
         ("weights: {}\ncalibration: {samples: 0}", "calibration.samples"),
+        (
+            "weights: {}\nrotation: {residual: true, inputs: [qkv, down]}",
+            "rotation.inputs: qkv: turned in the weights already; inputs: ['down']",
+        ),
+        ("weights: {}\nrotation: {inputs: none}", "rotation.inputs: none, and nothing else"),
         ("weights: {bits: 8, group_size: channel}", "INT8 activations only"),
         ("weights: {grid: half}", "needs rotation"),
         ("weights: [", "not valid YAML"),

@@ -16,6 +16,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.memory import trim
 from quantkit.models.entry import LayerCall, layer_calls, outside
 from quantkit.models.groups import LayerStructure
+from quantkit.models.rotating import ResidualBasis
 from quantkit.models.structure import Structure
 
 # Tokens per forward: enough to keep the cores busy, small enough that a layer's intermediates stay small.
@@ -34,6 +35,7 @@ class LayerStream:
         reference: keep what the original model's layers give too, beside what the quantized ones give.
         store: where activations live.
         done: layers that an earlier start has finished: the store has what they gave.
+        basis: what the residual stream is turned into; layers come turned, and so do the activations.
 
     Attributes:
         hidden: the quantized layers' outputs so far, the next layer's inputs, float32 [samples, seqlen, width].
@@ -50,7 +52,9 @@ class LayerStream:
         reference: bool = False,
         store: Activations | None = None,
         done: int = 0,
+        basis: ResidualBasis | None = None,
     ) -> None:
+        self._basis = basis
         self._checkpoint = checkpoint
         self._structure = structure
         self._layers: Any = skeleton.get_submodule(structure.layers)
@@ -99,6 +103,9 @@ class LayerStream:
                     skeleton, self._structure.layers, embedded.to(self._device)
                 )
                 self._calls.setdefault(len(batch), calls)
+                if self._basis is not None:
+                    # As it will be stored.
+                    hidden = self._basis.turn(hidden).to(embedding.weight.dtype).float()
                 if self.hidden is None:
                     shape = (*tokens.shape, hidden.shape[-1])
                     if done:
@@ -119,6 +126,8 @@ class LayerStream:
             for name, _ in layer.named_parameters()
         }
         layer.load_state_dict(state, strict=True, assign=True)
+        if self._basis is not None:
+            self._basis.turn_layer(layer, self._structure.layer(number))
         try:
             yield layer
         finally:

@@ -78,9 +78,13 @@ def _activation_args(activations: ActivationFormat | None) -> dict[str, Any] | N
 
 
 def _transform_config(schemes: dict[str, Scheme]) -> dict[str, Any]:
-    """Online rotations as compressed-tensors writes them: the input is rotated, the weight was."""
+    """Online rotations as compressed-tensors writes them: the input is rotated, the weight was.
+
+    Its `hadamard` is Sylvester's matrix: a block that is no power of two stands in `quantkit` alone.
+    """
     groups: dict[str, Any] = {}
-    for block in sorted({s.rotation for s in schemes.values() if s.rotation}):
+    blocks = {s.rotation for s in schemes.values() if s.rotation}
+    for block in sorted(b for b in blocks if not b & (b - 1)):
         targets = [name for name, s in schemes.items() if s.rotation == block]
         apply = [
             {"targets": targets, "location": "input", "inverse": False, "ignore": []},

@@ -11,43 +11,60 @@ import math
 import torch
 from torch import Tensor
 
-# Larger blocks are rotated as a Kronecker product with this one, far cheaper than one large product.
+from quantkit.kernels.hadamard_matrices import hadamard_matrix, split_order
+
+# Larger powers of two are rotated as a Kronecker product with this one, far cheaper than one large product.
 _FACTOR = 128
+# The part of a block that is no power of two is a dense matrix: wider ones cost more than they give.
+_WIDEST_ORDER = 512
 
 
-def hadamard_matrix(n: int) -> Tensor:
-    """Sylvester's Hadamard matrix [n, n], float64, entries +-1, symmetric.
-
-    Raises:
-        ValueError: `n` is not a power of two.
-    """
-    if n < 1 or n & (n - 1):
-        raise ValueError(f"a Hadamard matrix of size {n} is not known here: use a power of two")
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while matrix.shape[0] < n:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix
+def known_block(block: int) -> bool:
+    """Whether blocks of this size can be rotated: a power of two, or one times 12, 20, 28 or another known order."""
+    found = split_order(block)
+    return found is not None and found[0] <= _WIDEST_ORDER
 
 
-def rotate(x: Tensor, block: int) -> Tensor:
+def widest_block(columns: int) -> int:
+    """The largest known block that divides `columns`: all of 4096, 3584 or 14336, but 256 of 11008."""
+    return max(b for b in range(1, columns + 1) if columns % b == 0 and known_block(b))
+
+
+def random_signs(columns: int, seed: int) -> Tensor:
+    """float32 [columns] of +-1: a rotation behind them spreads a mean that all channels share, too."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (columns,), generator=generator).float() * 2 - 1
+
+
+def rotate(x: Tensor, block: int, *, inverse: bool = False) -> Tensor:
     """x R: `x` [..., K] with each `block` of consecutive inputs multiplied by H / sqrt(block).
+
+    Args:
+        block: a known order (`known_block`) that divides K.
+        inverse: multiply by R^T instead. For a power of two H is symmetric and both are the same.
 
     Returns:
         float32, or float64 for float64 input.
 
     Raises:
-        ValueError: `block` is not a power of two or does not divide K.
+        ValueError: no Hadamard matrix of order `block` is known, or it does not divide K.
     """
     columns = x.shape[-1]
     if block < 1 or columns % block:
         raise ValueError(f"{columns} inputs do not divide into rotation blocks of {block}")
+    if not known_block(block):
+        raise ValueError(f"no Hadamard matrix of order {block} is known here")
     x = x if x.dtype == torch.float64 else x.float()
-    # Sylvester's matrices are Kronecker powers: H_block = H_outer (x) H_inner.
-    inner = math.gcd(block, _FACTOR)
-    outer = block // inner
-    parts = x.reshape(-1, outer, inner) @ hadamard_matrix(inner).to(x)
+    order, power = split_order(block) or (1, 1)
+    # H_block = H_order (x) H_outer (x) H_inner, the last two Sylvester's.
+    inner = math.gcd(power, _FACTOR)
+    outer = power // inner
+    parts = x.reshape(-1, outer, inner) @ _matrix(inner, x)
     if outer > 1:
-        parts = hadamard_matrix(outer).to(x) @ parts
+        parts = _matrix(outer, x) @ parts
+    if order > 1:
+        matrix = _matrix(order, x)
+        parts = (matrix if inverse else matrix.T) @ parts.reshape(-1, order, power)
     return (parts / math.sqrt(block)).reshape(x.shape)
 
 
@@ -58,3 +75,7 @@ def rotate_hessian(hessian: Tensor, block: int) -> Tensor:
         ValueError: as `rotate`.
     """
     return rotate(rotate(hessian, block).T, block).T.contiguous()
+
+
+def _matrix(n: int, like: Tensor) -> Tensor:
+    return hadamard_matrix(n, like.device).to(like.dtype)

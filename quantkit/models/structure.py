@@ -19,7 +19,7 @@ from quantkit.errors import QuantkitError
 from quantkit.models.discover import Unsupported, find_layer
 from quantkit.models.entry import LayerCall, layer_calls, outside
 from quantkit.models.experts import unstack_experts
-from quantkit.models.groups import InputGroup, LayerStructure
+from quantkit.models.groups import InputGroup, LayerStructure, Place
 from quantkit.models.probe import NAME, TOKENS, ProbedLayer, register
 
 SUPPORTED = "decoders such as Llama, Gemma, OPT or Mixtral"
@@ -65,6 +65,15 @@ class Structure:
         for number, layer in enumerate(self.layer_structures):
             for linear in layer.shapes:
                 yield self.prefix(number) + linear, linear
+
+    def places(self) -> dict[str, Place]:
+        """Full name -> place of every linear of every decoder layer."""
+        return {
+            self.prefix(number) + linear: group.place
+            for number, layer in enumerate(self.layer_structures)
+            for group in layer.groups
+            for linear in group.linears
+        }
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Full name -> (out, in) of every linear of every decoder layer."""

@@ -110,8 +110,8 @@ class QuantLinear(nn.Module):
         bias = self.bias if bias is None else bias
         if scheme.weights.half:
             assert acts is not None
-            assert scheme.rotation is not None
-            return (x, self.packed, self.weight_scale, bias, acts.bits, scheme.rotation)
+            block = scheme.rotation or 1  # 1: turned in the weights already
+            return (x, self.packed, self.weight_scale, bias, acts.bits, block)
         if scheme.rotation:
             x = hadamard(x, scheme.rotation)
         if acts is None:

@@ -37,6 +37,7 @@ def logits(model) -> torch.Tensor:
         ("int8", (), 2e-2, 5e-2),
         ("crossquant", (), 2e-2, 5e-2),
         ("crossquant-w4a8", (), 2e-2, 5e-2),
+        ("quest-hadamard-offline", (), 2e-2, 5e-2),
     ],
 )
 def test_same_weights_products_and_logits(
@@ -75,8 +76,8 @@ def test_an_online_rotation_is_written_as_compressed_tensors_reads_it(quantized)
     (name, scheme), *rest = TransformConfig(**config["transform_config"]).config_groups.items()
     assert not rest
     online = next(args for args in scheme.apply if args.is_online())
-    assert len(online.targets) == 14
-    linear = torch.nn.Linear(256, 8)
+    assert online.targets == [f"model.layers.{n}.mlp.down_proj" for n in (0, 1)]
+    linear = torch.nn.Linear(384, 8)
     transform = TransformFactory.from_scheme(scheme, name=name).create_transform(linear, online)
-    x = torch.randn(3, 256)
+    x = torch.randn(3, 384)
     assert torch.allclose(transform(x), hadamard(x, 128), atol=1e-5)

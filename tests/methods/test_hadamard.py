@@ -1,36 +1,31 @@
 import pytest
 import torch
+from quantkit.kernels.hadamard import hadamard
+from quantkit.kernels.hadamard_matrices import hadamard_matrix
 
-from quantkit.methods.hadamard import hadamard_matrix, rotate, rotate_hessian
+from quantkit.methods.hadamard import (
+    known_block,
+    random_signs,
+    rotate,
+    rotate_hessian,
+    widest_block,
+)
 
-
-@pytest.mark.parametrize("n", [1, 2, 4, 64, 128])
-def test_the_matrix_is_hadamards(n: int):
-    h = hadamard_matrix(n)
-    assert torch.equal(h.abs(), torch.ones_like(h))
-    assert torch.equal(h @ h.T, n * torch.eye(n, dtype=h.dtype))
-    for i in range(0, n, max(1, n // 8)):
-        for j in range(n):
-            assert float(h[i, j]) == (-1) ** (i & j).bit_count()
-
-
-@pytest.mark.parametrize("n", [0, 3, 12])
-def test_other_orders_are_refused(n: int):
-    with pytest.raises(ValueError, match=str(n)):
-        hadamard_matrix(n)
+CPU = torch.device("cpu")
 
 
-def test_rotating_both_sides_leaves_the_product():
+@pytest.mark.parametrize("block", [128, 12, 28 * 4, 384])
+def test_rotating_both_sides_leaves_the_product(block: int):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(7, 384, generator=generator, dtype=torch.float64)
-    w = torch.randn(5, 384, generator=generator, dtype=torch.float64)
-    a, b = rotate(x, 128), rotate(w, 128)
+    x = torch.randn(7, 2 * block, generator=generator, dtype=torch.float64)
+    w = torch.randn(5, 2 * block, generator=generator, dtype=torch.float64)
+    a, b = rotate(x, block), rotate(w, block)
     assert torch.allclose(a @ b.T, x @ w.T, atol=1e-10)
     assert not torch.allclose(a, x)
-    assert torch.allclose(rotate(a, 128), x, atol=1e-10)
-    assert torch.allclose(rotate_hessian(x.T @ x, 128), a.T @ a, atol=1e-9)
-    with pytest.raises(ValueError, match="384"):
-        rotate(x, 256)
+    assert torch.allclose(rotate(a, block, inverse=True), x, atol=1e-10)
+    assert torch.allclose(rotate_hessian(x.T @ x, block), a.T @ a, atol=1e-9)
+    with pytest.raises(ValueError, match=str(2 * block)):
+        rotate(x, 4 * block)
 
 
 def test_it_spreads_an_outlier():
@@ -39,17 +34,46 @@ def test_it_spreads_an_outlier():
     assert torch.allclose(rotate(x, 128).abs(), torch.ones(1, 128))
 
 
-@pytest.mark.parametrize("block", [1, 8, 128, 256, 1024])
+@pytest.mark.parametrize("block", [1, 8, 128, 256, 1024, 12, 20, 28, 36, 44, 52, 60, 768, 28 * 256])
 def test_every_block_is_multiplied_by_the_matrix(block: int):
-    """Also the blocks that are rotated in two steps."""
+    """Also the blocks that are rotated in several steps; and as the kernels do it."""
     x = torch.randn(2, 3, 2 * block, generator=torch.Generator().manual_seed(1))
-    want = [part.double() @ hadamard_matrix(block) / block**0.5 for part in x.split(block, -1)]
+    matrix = hadamard_matrix(block, CPU).double()
+    want = torch.cat([part.double() @ matrix / block**0.5 for part in x.split(block, -1)], -1)
     got = rotate(x, block)
     assert got.dtype == torch.float32
-    assert torch.allclose(got.double(), torch.cat(want, -1), atol=1e-5)
+    assert torch.allclose(got.double(), want, atol=1e-5)
+    assert torch.allclose(hadamard(x, block).double(), want, atol=1e-5)
+
+
+def test_which_blocks_there_are():
+    widths = {
+        4096: 4096,
+        14336: 14336,
+        3584: 3584,
+        4864: 4864,
+        11008: 256,
+        384: 384,
+        200: 200,
+        6: 2,
+    }
+    assert {k: widest_block(k) for k in widths} == widths
+    assert not any(known_block(n) for n in (0, 3, 6, 92, 11008))
+    with pytest.raises(ValueError, match="order 6 is known"):
+        rotate(torch.zeros(12), 6)
 
 
 def test_a_hessian_that_is_not_quite_symmetric():
-    h = torch.randn(16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    r = torch.block_diag(hadamard_matrix(8), hadamard_matrix(8)) / 8**0.5
-    assert torch.allclose(rotate_hessian(h, 8), r.T @ h @ r)
+    h = torch.randn(24, 24, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for block in (8, 12):
+        matrix = hadamard_matrix(block, CPU).double()
+        r = torch.block_diag(*[matrix] * (24 // block)) / block**0.5
+        assert torch.allclose(rotate_hessian(h, block), r.T @ h @ r)
+
+
+def test_signs_are_half_and_half_and_the_same_every_time():
+    signs = random_signs(4096, seed=3)
+    assert torch.equal(signs.abs(), torch.ones(4096))
+    assert abs(float(signs.mean())) < 0.1
+    assert torch.equal(signs, random_signs(4096, seed=3))
+    assert not torch.equal(signs, random_signs(4096, seed=4))
