@@ -25,21 +25,17 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "int4_linear.hpp"
 #include "tiles.hpp"
 #include "unroll.hpp"
 
 namespace {
 
-using bf16 = uint16_t;
-
-constexpr int64_t kBlock = 64;    // output rows of a block of the weight
 constexpr int64_t kPanel = 16;    // rows of x in a tile
 constexpr int64_t kStep = 32;     // inputs in a tile
 constexpr int64_t kChunk = 256;   // rows of x that stay in the L2 cache while the weight passes
 constexpr int64_t kStrip = 8;     // blocks of a thread whose sums do, from one slab to the next
 constexpr int64_t kSlab = 1024;   // inputs of such a chunk that do, together with their sums
-
-enum Kind : int { kBf16 = 0, kFloat8 = 1, kInt8 = 2, kInt8Half = 3 };
 
 inline float to_float(bf16 value) {
     uint32_t bits = static_cast<uint32_t>(value) << 16;
@@ -153,44 +149,9 @@ inline void add_products(__m512& sums, __m512i a, __m512i b) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
 }
 
-struct Problem {
-    const void* x;
-    int64_t row_bytes;
-    int kind;
-    const uint8_t* weight;
-    const bf16* scales;  // [G, N, 2]: scale and zero; only the scale is read
-    bool half;
-    const float* row_scale;  // [M] or null
-    const float* bias;       // [N] or null
-    void* out;
-    bool out_float;
-    int64_t m, n, k, group;
-};
-
-inline __m512 load_scales(const Problem& p, int64_t group, int64_t row) {
-    // (scale, zero) pairs of bf16: the scale is the low half of each 32 bits.
-    __m512i pairs = _mm512_loadu_si512(p.scales + (group * p.n + row) * 2);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-}
-
-inline void write_row(const Problem& p, int64_t row, int64_t column, const float* sums) {
-    const __m512 factor = _mm512_set1_ps(p.row_scale ? p.row_scale[row] : 1.0f);
-    for (int64_t j = 0; j < kBlock; j += 16) {
-        __m512 y = _mm512_mul_ps(_mm512_loadu_ps(sums + j), factor);
-        if (p.bias) y = _mm512_add_ps(y, _mm512_loadu_ps(p.bias + column + j));
-        const int64_t at = row * p.n + column + j;
-        if (p.out_float) {
-            _mm512_storeu_ps(static_cast<float*>(p.out) + at, y);
-        } else {
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<bf16*>(p.out) + at),
-                                reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(y)));
-        }
-    }
-}
-
 // Up to four rows: each expanded pair goes straight into the products.
 template <int M>
-void few_rows(const Problem& p, const bf16* rows, int64_t block) {
+void few_rows(const Int4Problem& p, const bf16* rows, int64_t block) {
     const __m512i table = nibble_table(p.half);
     const uint8_t* bytes = p.weight + block * 32 * p.k;
     const int64_t column = block * kBlock;
@@ -304,15 +265,15 @@ inline int64_t in_panel(int64_t panel, int64_t rows) {
     return left < kPanel ? left : kPanel;
 }
 
-inline int64_t slab_groups(const Problem& p) { return p.group < kSlab ? kSlab / p.group : 1; }
+inline int64_t slab_groups(const Int4Problem& p) { return p.group < kSlab ? kSlab / p.group : 1; }
 
-inline int64_t slabs(const Problem& p) {
+inline int64_t slabs(const Int4Problem& p) {
     return (p.k / p.group + slab_groups(p) - 1) / slab_groups(p);
 }
 
 // One block of 64 outputs for a chunk of packed panels and a slab of the inputs; the slabs of a chunk
 // add up in `total` and the last one writes.
-void block_of_chunk(const Problem& p, const bf16* panels, int64_t first_row, int64_t rows,
+void block_of_chunk(const Int4Problem& p, const bf16* panels, int64_t first_row, int64_t rows,
                     int64_t block, int64_t slab, bool amx, bf16* tiles, float* buffers, float* total) {
     const __m512i table = nibble_table(p.half);
     const uint8_t* bytes = p.weight + block * 32 * p.k;
@@ -353,7 +314,7 @@ void block_of_chunk(const Problem& p, const bf16* panels, int64_t first_row, int
     for (int64_t r = 0; r < rows; ++r) write_row(p, first_row + r, column, total + r * kBlock);
 }
 
-bool few(const Problem& p, int threads) {
+bool few(const Int4Problem& p, int threads) {
     bf16* rows = scratch<bf16>(p.m * p.k);
     if (!rows) return false;
     for (int64_t r = 0; r < p.m; ++r)
@@ -373,7 +334,7 @@ bool few(const Problem& p, int threads) {
     return true;
 }
 
-bool many(const Problem& p, int threads, bool amx) {
+bool many(const Int4Problem& p, int threads, bool amx) {
     const int64_t panels = (p.m + kPanel - 1) / kPanel, blocks = p.n / kBlock;
     const int64_t sums = (p.m < kChunk ? panels * kPanel : kChunk) * kBlock;
     const int64_t stride = kStrip * threads;
@@ -445,8 +406,10 @@ int quantkit_int4_linear(const void* x, int64_t row_bytes, int kind, const void*
                          const void* scales, int half, const float* row_scale, const float* bias,
                          void* out, int out_float, int64_t m, int64_t n, int64_t k, int64_t group,
                          int threads, int level) {
-    Problem p{x,    row_bytes, kind, static_cast<const uint8_t*>(weight), static_cast<const bf16*>(scales),
+    Int4Problem p{x,    row_bytes, kind, static_cast<const uint8_t*>(weight), static_cast<const bf16*>(scales),
               half != 0, row_scale, bias, out, out_float != 0, m, n, k, group};
+    // INT8 by INT4 in bytes, twice as fast as in bf16; AMX in bf16 is faster still.
+    if (level == 1 && m > 4 && kind >= kInt8) return int4_vnni(p, threads) ? 0 : 1;
     // With tiles two rows already pay for expanding the weight into the cache.
     if (m <= (level == 2 ? 1 : 4)) return few(p, threads) ? 0 : 1;
     return many(p, threads, level == 2) ? 0 : 1;

@@ -24,6 +24,7 @@ _SOURCES = (
     "hadamard.cpp",
     "int4_linear.cpp",
     "int4_pack.cpp",
+    "int4_vnni.cpp",
     "int8_linear.cpp",
     "int8_vnni.cpp",
     "kv4.cpp",
