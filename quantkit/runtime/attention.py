@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.scheme import KVFormat
 from quantkit.kernels.kv4 import kv4_quantize
-from quantkit.kernels.kv4_attention import kv4_attention
+from quantkit.kernels.kv4_append import rotate
+from quantkit.kernels.kv4_attention import causal_mask, kv4_attention
 
 NAME = "quantkit"
 _SCALE_TYPES = {"bf16": "bfloat16", "fp8": "float8_e4m3fn"}
@@ -29,6 +31,7 @@ class KVQuantizer(nn.Module):
     def __init__(self, form: KVFormat, post_scale: torch.Tensor | None = None) -> None:
         super().__init__()
         self.form = form
+        self.fresh_prompts = False  # see `quantkit.load`
         # Not persistent: a checkpoint's own tensors are the model's alone (quantkit/kv.safetensors has these).
         self.register_buffer("post_scale", post_scale, persistent=False)
 
@@ -58,7 +61,8 @@ def quantkit_attention(
 
     Keys and values come packed from our cache, or in 16 bits when there is none: both take the same
     rounding, so a forward over a whole text and a decode through the cache agree. `length` and `planar`
-    are those of `kv4_attention`; only `PackedAttention` gives them.
+    are those of `kv4_attention`; only `PackedAttention` gives them. With `fresh_prompts` keys and values
+    that come in 16 bits are taken as they are.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -76,7 +80,11 @@ def quantkit_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if key.dtype != torch.uint8:
+        if quantizer.fresh_prompts:
+            window = kwargs.get("sliding_window") or 0
+            return _attend_fresh(query, key, value, attention_mask, scaling, window), None
         key, value = quantizer.pack(key, value)
     tokens = query.shape[2]
     if length is None and attention_mask is None and 1 < tokens < key.shape[2]:
@@ -87,7 +95,7 @@ def quantkit_attention(
         key,
         value,
         attention_mask,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling,
         attention_mask is None and tokens > 1,
         quantizer.post_scale,
         quantizer.form.query == "fp8",
@@ -95,6 +103,30 @@ def quantkit_attention(
         planar=planar,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _attend_fresh(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    window: int = 0,
+) -> torch.Tensor:
+    """torch's attention of a prompt [B, H, T, D] over its own keys and values [B, KV heads, T, D] -> [B, T, H, D]."""
+    tokens = key.shape[2]
+    if mask is None and 0 < window < tokens:
+        mask = causal_mask(tokens, tokens, query.device, window)
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if mask is None else mask[..., :tokens],
+        is_causal=mask is None and tokens > 1,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2).contiguous()
 
 
 class PackedAttention(nn.Module):
@@ -136,7 +168,12 @@ class PackedAttention(nn.Module):
             part.view(*shape, -1, self.head_dim).transpose(1, 2)
             for part in shared(hidden_states).split(shared.sizes, dim=-1)
         )
+        fresh = self.kv_quantizer.fresh_prompts and key.shape[2] > 1 and layer.empty  # type: ignore[union-attr]
         query, keys, values = layer.append(query, key, value, *position_embeddings)
+        if fresh:
+            turned = rotate(key, *position_embeddings)
+            attended = _attend_fresh(query, turned, value, attention_mask, self.scaling)
+            return self.o_proj(attended.reshape(*shape, -1)), None  # type: ignore[operator]
         attended, _ = quantkit_attention(
             self, query, keys, values, attention_mask, self.scaling,
             length=getattr(layer, "length", None), planar=getattr(layer, "planar", False),

@@ -33,12 +33,20 @@ class _Packed:
     """Packs what comes in; everything else is the layer's own."""
 
     quantizer: KVQuantizer
+    empty = True  # known on the host, where a static layer's length is not
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        fresh = self.quantizer.fresh_prompts and self.empty and key_states.shape[2] > 1
+        self.empty = False
         packed = self.quantizer.pack(key_states, value_states)
-        return super().update(*packed, *args, **kwargs)  # type: ignore[misc]
+        kept = super().update(*packed, *args, **kwargs)  # type: ignore[misc]
+        return (key_states, value_states) if fresh else kept
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.empty = True
 
 
 class PackedLayer(_Packed, DynamicLayer):
@@ -55,10 +63,12 @@ class PackedLayer(_Packed, DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         length, tokens = self.get_seq_length(), key_states.shape[2]
         self._make_room(key_states, tokens)
+        fresh = self.quantizer.fresh_prompts and not length and tokens > 1
         packed = self.quantizer.pack(key_states, value_states)
         for buffer, new in zip(self._buffers, packed, strict=True):
             buffer[:, :, length : length + tokens] = new
-        return self._grow(length + tokens)
+        kept = self._grow(length + tokens)
+        return (key_states, value_states) if fresh else kept
 
     def append(
         self,
@@ -100,6 +110,7 @@ class PackedLayer(_Packed, DynamicLayer):
     def _grow(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (buffer[:, :, :length] for buffer in self._buffers)
         self.keys, self.values, self._views = keys, values, (keys, values)
+        self.empty = not length
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         return keys, values
 
@@ -148,6 +159,7 @@ class PackedStaticLayer(_Packed, StaticLayer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`update` of keys before RoPE -> (query after RoPE, packed keys, packed values)."""
         tokens = key.shape[2]
+        self.empty = False
         if not self.is_initialized:
             size = self.quantizer.packed_size(key.shape[3])
             empty = torch.empty((*key.shape[:2], 0, size), dtype=torch.uint8, device=key.device)

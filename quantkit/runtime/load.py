@@ -17,7 +17,7 @@ from quantkit.formats.packed import expected_tensors
 from quantkit.models.names import find_model
 from quantkit.models.structure import build_skeleton, load_config
 from quantkit.runtime.attention import NAME, KVQuantizer, register
-from quantkit.runtime.cache import generate_with_packed_cache
+from quantkit.runtime.cache import generate_with_packed_cache, quantizers
 from quantkit.runtime.linear import QuantLinear
 from quantkit.runtime.patch import patch
 from quantkit.runtime.save import save_as_checkpoint
@@ -33,6 +33,7 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     fused: bool = True,
+    fresh_prompts: bool = False,
 ) -> Any:
     """A model that generates, from a folder, a hub id or an alias; quantized by quantkit or not at all.
 
@@ -41,6 +42,10 @@ def load(
         dtype: of everything that is not quantized, and of activations; the checkpoint's if left out.
         fused: with layers fused and weights repacked for the device (`runtime.patch`); otherwise every
             layer stands alone, with the checkpoint's tensors as they are stored.
+        fresh_prompts: a prompt attends to its own keys and values in 16 bits, which are packed behind its
+            back, and only later tokens read the INT4 cache. A prompt is then nearer to the original; but
+            the same text read token by token, or in parts, gives another result, and perplexity, which
+            is a prompt's, says nothing of what the INT4 cache costs. Off: all read the cache.
 
     Raises:
         QuantkitError: no such model, a broken checkpoint, or one of another tool.
@@ -61,7 +66,9 @@ def load(
         generate_with_packed_cache(skeleton)
     skeleton.to(device)
     if fused:
-        patch(skeleton)
+        patch(skeleton, fresh_prompts=fresh_prompts)
+    for quantizer in quantizers(skeleton):
+        quantizer.fresh_prompts = fresh_prompts
     if info.schemes:
         save_as_checkpoint(skeleton, checkpoint)
     _generation_config(skeleton, checkpoint.path)

@@ -9,17 +9,21 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from quantkit.runtime.cache import quantizers
 from quantkit.runtime.fusion import fuse
 from quantkit.runtime.linear import QuantLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patch(model: Model) -> Model:
+def patch(model: Model, *, fresh_prompts: bool = False) -> Model:
     """Fuse and repack a model whose quantized linears are `QuantLinear`s, in place; once is enough.
 
     q, k and v become one product, gate and up another; gated MLPs and RMS norms quantize on the way.
     Names and outputs stay; a layer that is built otherwise stays as it is. `quantkit.load` does this.
+
+    Args:
+        fresh_prompts: see `quantkit.load`.
 
     Returns:
         the model.
@@ -28,6 +32,8 @@ def patch(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.prepare()
+    for quantizer in quantizers(model):
+        quantizer.fresh_prompts = fresh_prompts
     _read_whole_rows(model)
     _give_back_memory()
     return model
