@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.calibration.few_tokens import is_starved, statistics_of
 from quantkit.calibration.outliers import input_outliers, outlier_ratio
 from quantkit.calibration.simulate import SimulatedLinear
 from quantkit.calibration.statistics import InputStatistics, KeyStatistics
@@ -79,6 +80,7 @@ def quantize_layer(
             or not recipe.channel_scaling
             or group.place not in recipe.channel_scaling.places
             or group.feeder is None
+            or is_starved(group, inputs)
         ):
             continue
         rotation = turned if turned and group.place == "o" else scheme.rotation
@@ -91,7 +93,7 @@ def quantize_layer(
     if turned:
         turn_values(layer, structure, turned)
     for group in structure.groups:
-        if group.name in inputs:
+        if group.name in inputs and inputs[group.name].tokens:
             stats, factor = inputs[group.name], factors.get(group.name)
             scheme = schemes.get(prefix + group.linears[0])
             shares = zero_fractions(stats, factor, scheme)
@@ -103,12 +105,14 @@ def quantize_layer(
             scheme = schemes.get(prefix + name)
             if scheme is None:
                 continue
-            seen = inputs.get(group.name)
+            seen, figures = statistics_of(group, name, inputs)
             rotation = turned if turned and group.place == "o" else scheme.rotation
             hessian = seen.hessian_after(factors.get(group.name), rotation) if seen else None
-            _quantize_linear(
-                layer, name, recipe, recipe.weights_of(prefix + name), scheme, hessian, result
-            )
+            weights = recipe.weights_of(prefix + name)
+            if figures.get("fallback") == "nearest":
+                weights = weights.model_copy(update={"rounding": "nearest"})
+            _quantize_linear(layer, name, recipe, weights, scheme, hessian, result)
+            result.report["linears"][name] |= figures
     return result
 
 

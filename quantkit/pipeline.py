@@ -105,6 +105,7 @@ def quantize(
         _check_disk(path, plan.total_bytes[1])
         data = calibration()
         run = describe_run(plan, data, seed, where, 1)
+        folder.file_name = plan.checkpoint.file_name
         state = RunState(folder, folder.begin(run))
         _quantize_layers(plan, data, where, seed, folder, state, tell)
         total = plan.structure.num_layers
@@ -207,7 +208,7 @@ def _one_layer(
         else:
             reference = _Reference(_ERROR_BLOCKS)
             gptq = {
-                group.name for group in structure.groups
+                group.name for group in structure.inputs
                 if any(plan.recipe.weights_of(prefix + n).rounding == "gptq" for n in group.linears)
             }  # fmt: skip
             with (
@@ -353,6 +354,8 @@ def _finish(
         report["stages"] = {name: round(seconds, 2) for name, seconds in state.seconds.items()}
         write_json(output / REPORT_FILE, report)
 
+    in_file = plan.checkpoint.file_module
+
     def config(hashes: dict[str, str]) -> dict[str, Any]:
         meta = {
             "version": quantkit.__version__,
@@ -363,7 +366,10 @@ def _finish(
             "residual_basis": asdict(plan.basis) if plan.basis else None,
         }
         quantization = build_quantization_config(
-            plan.schemes, plan.unquantized_linears, plan.recipe.kv_format(), meta
+            {in_file(name): scheme for name, scheme in plan.schemes.items()},
+            [in_file(name) for name in plan.unquantized_linears],
+            plan.recipe.kv_format(),
+            meta,
         )
         # A head that was tied took the final norm's weight in, which the embedding must not have.
         untied = {"tie_word_embeddings": False} if plan.basis and plan.basis.tied else {}

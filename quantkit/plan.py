@@ -9,6 +9,7 @@ from typing import Any
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.scheme import Scheme
+from quantkit.models.files import ModelCheckpoint
 from quantkit.models.names import find_model
 from quantkit.models.rotating import ResidualBasis, check_values, residual_basis
 from quantkit.models.structure import Structure, build_skeleton, find_structure, load_config
@@ -32,7 +33,7 @@ class Plan:
         basis: what the residual stream is turned into, or None.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: ModelCheckpoint
     skeleton: Any
     structure: Structure
     recipe: Recipe
@@ -69,14 +70,15 @@ def make_plan(
     Raises:
         QuantkitError: the model or the recipe is bad, or they do not fit each other.
     """
-    checkpoint = Checkpoint(find_model(model))
-    if "quantization_config" in checkpoint.config:
+    source = Checkpoint(find_model(model))
+    if "quantization_config" in source.config:
         raise QuantkitError(f"{model}: is quantized already; quantize the original checkpoint")
     from quantkit.runtime.attention import NAME, register
 
     register()
-    config = load_config(checkpoint.config, model)
+    config = load_config(source.config, model)
     skeleton = build_skeleton(config, model, attention=NAME)
+    checkpoint = ModelCheckpoint(source, skeleton)
     structure = find_structure(skeleton, model)
     _check_tensors(checkpoint, skeleton, structure)
 
@@ -84,23 +86,17 @@ def make_plan(
 
     linears = [n for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)]
     schemes = recipe.resolve(structure, linears)
-    why = next(
-        (x.attention.why_not_packed for x in structure.kinds if x.attention.why_not_packed), ""
-    )
-    if recipe.kv_cache and why:
-        raise QuantkitError(
-            f"{model}: keys and values cannot be kept in four bits: {why}; --set kv_cache=null leaves them"
-        )
+    # Routers are no linears to transformers, but to vLLM they are.
+    linears += [name for name in structure.others() if name not in linears]
+    if why := refused(structure, recipe):
+        raise QuantkitError(f"{model}: {why}")
     before = {name: checkpoint.tensors[f"{name}.weight"].bytes for name in schemes}
     after = {
         name: scheme.packed_bytes(*checkpoint.tensors[f"{name}.weight"].shape)
         for name, scheme in schemes.items()
     }
     linear_bytes = (sum(before.values()), sum(after.values()))
-    turned = recipe.rotation is not None and recipe.rotation.residual
-    basis = residual_basis(skeleton, structure, model) if turned else None
-    if recipe.rotation and recipe.rotation.values:
-        check_values(structure, model)
+    basis = find_basis(skeleton, structure, recipe, model)
     # A tied head gets weights of its own: the final norm goes into it.
     untied = checkpoint.tensors[f"{basis.embedding}.weight"].bytes if basis and basis.tied else 0
     return Plan(
@@ -127,6 +123,33 @@ def make_plan(
         notes=left_out(structure, recipe),
         basis=basis,
     )
+
+
+def find_basis(
+    skeleton: Any, structure: Structure, recipe: Recipe, where: str
+) -> ResidualBasis | None:
+    """What a recipe turns the residual stream into.
+
+    Raises:
+        QuantkitError: the recipe wants rotations in the weights that this structure cannot take.
+    """
+    rotation = recipe.rotation
+    basis = residual_basis(skeleton, structure, where) if rotation and rotation.residual else None
+    if rotation and rotation.values:
+        check_values(structure, where)
+    return basis
+
+
+def refused(structure: Structure, recipe: Recipe) -> str:
+    """Why a structure cannot take a recipe at all, with the setting to change; nothing if it can."""
+    why = next(
+        (x.attention.why_not_packed for x in structure.kinds if x.attention.why_not_packed), ""
+    )
+    if recipe.kv_cache and why:
+        return (
+            f"keys and values cannot be kept in four bits: {why}; --set kv_cache=null leaves them"
+        )
+    return ""
 
 
 def left_out(structure: Structure, recipe: Recipe) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ class _Strict(BaseModel):
 class Weights(_Strict):
     """Weights: bits, groups, how scales are chosen (`clip`) and stored (`scale`), how values are rounded."""
 
-    bits: Literal[2, 3, 4, 5, 6, 7, 8] = 4
+    bits: Literal[4, 8] = 4
     group_size: Literal[32, 64, 128, 256] | Literal["channel"] = 128
     grid: Literal["integer", "half"] = "integer"
     scale: Literal["bf16", "fp8_channel", "fp8_tensor"] = "bf16"
@@ -34,8 +35,12 @@ class Weights(_Strict):
 
     @model_validator(mode="after")
     def _supported(self) -> Weights:
-        if self.bits > 4 and self.scale != "bf16":
-            raise ValueError(f"bits: {self.bits} is not supported with FP8 group scales; 4 is")
+        if self.bits == 8 and self.group_size != "channel":
+            raise ValueError("bits: 8 is not supported with groups; group_size: channel is")
+        if self.bits == 8 and self.scale != "bf16":
+            raise ValueError("bits: 8 is not supported with FP8 group scales; 4 is")
+        if self.bits == 8 and self.grid == "half":
+            raise ValueError("bits: 8 is not supported on the half-integer grid; 4 is")
         if self.group_size == "channel" and self.scale != "bf16":
             raise ValueError("scale: FP8 group scales need groups; group_size: 128 has them")
         if self.clip == "gaussian" and self.grid != "half":
@@ -48,14 +53,12 @@ class Weights(_Strict):
 class Activations(_Strict):
     """Activations, quantized per token while the model runs."""
 
-    bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
+    bits: Literal[4, 8] = 8
     type: Literal["int", "float"] = "int"
     grid: Literal["integer", "half"] = "integer"
 
     @model_validator(mode="after")
     def _supported(self) -> Activations:
-        if self.grid == "integer" and self.bits not in (4, 8):
-            raise ValueError(f"bits: {self.bits} is supported on grid: half only; 4 and 8 on both")
         if self.type == "float" and (self.bits != 8 or self.grid == "half"):
             raise ValueError("type: float is FP8: bits 8 on the integer grid")
         return self
@@ -188,6 +191,8 @@ class Recipe(_Strict):
         for rule in (None, *self.rules):
             weights = (rule and rule.weights) or self.weights
             acts = (rule and rule.activations) or self.activations
+            if weights.bits == 8 and (acts is None or acts.type != "int" or acts.bits != 8):
+                raise ValueError("weights.bits: 8 runs with INT8 activations only; 4 runs with all")
             if acts and (weights.grid == "half") != (acts.grid == "half"):
                 raise ValueError(
                     "grid: half must stand in weights and activations both, or in neither"
@@ -287,10 +292,15 @@ class Recipe(_Strict):
             )
         for layer in range(structure.num_layers):
             for fused in structure.layer(layer).fused:
-                found = {schemes.get(structure.prefix(layer) + name) for name in fused}
+                # Experts' first and last linears may differ in rotation: no server has that.
+                found = {
+                    s and replace(s, rotation=None)
+                    for s in (schemes.get(structure.prefix(layer) + name) for name in fused)
+                }
                 if len(found) > 1:
+                    names = ", ".join(fused[:3]) + (" and so on" if len(fused) > 3 else "")
                     raise QuantkitError(
-                        f"recipe {self.name}: layer {layer}: {', '.join(fused)} are fused by servers "
+                        f"recipe {self.name}: layer {layer}: {names} are fused by servers "
                         "and need one scheme; widen the pattern"
                     )
         return schemes
@@ -305,9 +315,9 @@ class Recipe(_Strict):
                     f"recipe {self.name}: {what} {size} does not divide the {columns} in-features of {module}; "
                     f"--set {what}={_divisor(columns, size)}, or a rule that skips it"
                 )
-        if scheme.weights.bits <= 4 and columns % 8:
+        if scheme.weights.bits == 4 and columns % 8:
             raise QuantkitError(
-                f"recipe {self.name}: {module} has {columns} in-features; up to four bits run eight at a time"
+                f"recipe {self.name}: {module} has {columns} in-features; INT4 packs eight at a time"
             )
 
 

@@ -15,6 +15,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.config import QuantizationInfo, parse_quantization_config
 from quantkit.formats.packed import expected_tensors
 from quantkit.formats.writer import sha256
+from quantkit.models.files import ModelCheckpoint, in_model_names
 from quantkit.models.folding import may_change
 from quantkit.models.names import find_model
 from quantkit.models.rotating import ResidualBasis, turned_tensors
@@ -47,13 +48,17 @@ def verify(model: str | Path, *, against: str | None = None) -> Verification:
         QuantkitError: the checkpoint cannot be read at all, or was not written by quantkit.
     """
     path = find_model(str(model))
-    checkpoint = Checkpoint(path)
-    info = parse_quantization_config(checkpoint.config, str(path))
+    source = Checkpoint(path)
+    info = parse_quantization_config(source.config, str(path))
+    skeleton = build_skeleton(load_config(source.config, str(path)), str(path))
+    checkpoint = ModelCheckpoint(source, skeleton)
+    info = in_model_names(info, checkpoint)
     result = Verification()
     _check_hashes(checkpoint, info, result)
-    _check_modules(checkpoint, info, result)
+    _check_modules(checkpoint, skeleton, info, result)
     if against is not None:
-        _check_source(checkpoint, info, Checkpoint(find_model(against)), result)
+        original = ModelCheckpoint(Checkpoint(find_model(against)), skeleton)
+        _check_source(checkpoint, skeleton, info, original, result)
     if not result.problems:
         _check_text(path, checkpoint, result)
     return result
@@ -74,10 +79,9 @@ def _check_hashes(checkpoint: Checkpoint, info: QuantizationInfo, result: Verifi
     result.checks.append(f"sha256 of {len(shards)} shard{'s' if len(shards) != 1 else ''}")
 
 
-def _check_modules(checkpoint: Checkpoint, info: QuantizationInfo, result: Verification) -> None:
-    skeleton = build_skeleton(
-        load_config(checkpoint.config, str(checkpoint.path)), str(checkpoint.path)
-    )
+def _check_modules(
+    checkpoint: ModelCheckpoint, skeleton: Any, info: QuantizationInfo, result: Verification
+) -> None:
     linears: dict[str, Any] = {
         n: m for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)
     }
@@ -100,21 +104,25 @@ def _check_modules(checkpoint: Checkpoint, info: QuantizationInfo, result: Verif
                 result.problems.append(
                     f"{scale_name}: holds a scale that is zero, negative or not finite"
                 )
-        if scheme.packs and f"{name}.weight" in checkpoint.tensors:
+        if scheme.weights.bits == 4 and f"{name}.weight" in checkpoint.tensors:
             result.problems.append(f"{name}.weight: lies beside its packed form")
     ignored = set(checkpoint.config["quantization_config"].get("ignore", []))
-    for name in linears.keys() - info.schemes.keys() - ignored:
+    for name in linears.keys() - info.schemes.keys():
+        if checkpoint.file_module(name) in ignored:
+            continue
         result.problems.append(f"{name}: neither quantized nor in `ignore`")
     result.checks.append(f"{len(info.schemes)} quantized linears: names, shapes, types, scales")
 
 
 def _check_source(
-    checkpoint: Checkpoint, info: QuantizationInfo, source: Checkpoint, result: Verification
+    checkpoint: Checkpoint,
+    skeleton: Any,
+    info: QuantizationInfo,
+    source: Checkpoint,
+    result: Verification,
 ) -> None:
     copied = 0
-    where = str(checkpoint.path)
-    skeleton = build_skeleton(load_config(checkpoint.config, where), where)
-    structure = find_structure(skeleton, where)
+    structure = find_structure(skeleton, str(checkpoint.path))
     basis = info.meta.get("residual_basis")
     turned = ResidualBasis(**basis) if basis else None
     rotation = info.meta.get("recipe", {}).get("rotation") or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,22 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_local_experts": 4, "intermediate_size_mlp": 384, "interleave_moe_layer_step": 2},
     ),
 }
+
+
+@functools.cache
+def skeleton_of(variant: str) -> Any:
+    """A variant on the meta device, made once."""
+    from quantkit.models.structure import build_skeleton
+
+    return build_skeleton(make_config(variant), variant)
+
+
+@functools.cache
+def structure_of(variant: str) -> Any:
+    """The structure of a variant, found once."""
+    from quantkit.models.structure import find_structure
+
+    return find_structure(skeleton_of(variant), variant)
 
 
 def make_config(variant: str, **changes: Any) -> Any:

@@ -51,7 +51,9 @@ class InputStatistics:
 
     @property
     def rows(self) -> torch.Tensor:
-        return torch.cat(self._rows)
+        return (
+            torch.cat(self._rows) if self._rows else self.absmax.new_zeros(0, self.absmax.numel())
+        )
 
     def hessian_after(
         self, factor: torch.Tensor | None, rotation: int | None

@@ -185,9 +185,9 @@ def observe(
     """
     inputs: dict[str, InputStatistics] = {}
     handles = []
-    for group in structure.groups:
-        linear = layer.get_submodule(group.watched)
-        weight: Any = linear.weight
+    for group in structure.inputs:
+        module = layer.get_submodule(group.watched)
+        weight: Any = module.weight
         stats = InputStatistics(
             weight.shape[1],
             hessian=group.name in hessians,
@@ -202,7 +202,7 @@ def observe(
         ) -> None:
             stats.update(args[0])
 
-        handles.append(linear.register_forward_pre_hook(hook))
+        handles.append(module.register_forward_pre_hook(hook))
     keys = KeyStatistics()
     attention: Any = layer.get_submodule(structure.attention.path)
     attention.key_observer = keys.update

@@ -24,12 +24,16 @@ def command(
     """Show schemes, sizes, and the backend that runs each module here."""
     from quantkit.formats.checkpoint import Checkpoint
     from quantkit.formats.config import parse_quantization_config
+    from quantkit.models.files import ModelCheckpoint, in_model_names
     from quantkit.models.names import find_model
+    from quantkit.models.structure import build_skeleton, load_config
     from quantkit.servers import who_serves
 
     name = model_or_last(model)
-    checkpoint = Checkpoint(find_model(name))
-    info = parse_quantization_config(checkpoint.config, name)
+    source = Checkpoint(find_model(name))
+    info = parse_quantization_config(source.config, name)
+    checkpoint = ModelCheckpoint(source, build_skeleton(load_config(source.config, name), name))
+    info = in_model_names(info, checkpoint)
     backends = _backends(name)
     table: dict[str, dict[str, Any]] = {
         module: {

@@ -25,7 +25,7 @@ _DTYPE_BITS = {
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
 }  # fmt: skip
 
-_TORCH_DTYPES = {
+TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -223,7 +223,7 @@ class Checkpoint:
         if rows is not None:
             row = info.bytes // info.shape[0]
             first, last, shape = rows[0] * row, rows[1] * row, (rows[1] - rows[0], *info.shape[1:])
-        tensor = self._bytes(name, first, last).view(_TORCH_DTYPES[info.dtype]).reshape(shape)
+        tensor = self._bytes(name, first, last).view(TORCH_DTYPES[info.dtype]).reshape(shape)
         if finite:
             self._check_finite(name, tensor)
         return tensor
@@ -240,7 +240,7 @@ class Checkpoint:
         table = torch.empty(len(wanted), size, dtype=torch.uint8)
         for number, row in enumerate(wanted.tolist()):
             table[number] = self._bytes(name, row * size, row * size + size)
-        tensor = table.view(-1).view(_TORCH_DTYPES[info.dtype]).view(-1, *info.shape[1:])
+        tensor = table.view(-1).view(TORCH_DTYPES[info.dtype]).view(-1, *info.shape[1:])
         self._check_finite(name, tensor)
         return tensor[place]
 
@@ -253,7 +253,7 @@ class Checkpoint:
         info = self.tensors[name]
         for first in range(0, info.bytes, size):
             piece = self._bytes(name, first, min(first + size, info.bytes))
-            piece = piece.view(_TORCH_DTYPES[info.dtype])
+            piece = piece.view(TORCH_DTYPES[info.dtype])
             self._check_finite(name, piece)
             yield piece
 

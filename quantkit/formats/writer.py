@@ -119,6 +119,9 @@ class OutputFolder:
         shard_bytes: a shard is closed when it holds at least this much.
         tensors: about how many tensors will come.
 
+    Attributes:
+        file_name: what files call a tensor that `add` and `tensor` are given under the model's name.
+
     Raises:
         QuantkitError: the folder exists and is not ours, is ours and `overwrite` is not set, or cannot be made.
     """
@@ -134,6 +137,7 @@ class OutputFolder:
         self.path = path
         self.work = path / UNFINISHED
         self.output = self.work / "output"
+        self.file_name: Callable[[str], str] = str
         self._overwrite = overwrite
         self._shard_bytes, self._tensors = shard_bytes, tensors
         self._writer: ShardWriter | None = None
@@ -272,12 +276,12 @@ class OutputFolder:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Put a tensor into the current shard."""
         with writing(self.work):
-            self._shards.add(name, tensor)
+            self._shards.add(self.file_name(name), tensor)
 
     @contextmanager
     def tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> Iterator[Pieces]:
         """Put a tensor into the current shard, piece by piece; dtype is safetensors' name of it."""
-        with writing(self.work), self._shards.tensor(name, dtype, shape) as pieces:
+        with writing(self.work), self._shards.tensor(self.file_name(name), dtype, shape) as pieces:
             yield pieces
 
     def end_of_layer(self) -> None:

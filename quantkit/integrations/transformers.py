@@ -97,6 +97,8 @@ class QuantkitQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         from quantkit.formats.checkpoint import Checkpoint
+        from quantkit.models.experts import unstack_experts
+        from quantkit.models.files import ModelCheckpoint, in_model_names
         from quantkit.runtime.load import check_complete, replace_linears
 
         if not checkpoint_files:
@@ -107,7 +109,10 @@ class QuantkitQuantizer(HfQuantizer):
             raise QuantkitError(
                 f"{model.config.name_or_path}: is loaded as {type(model).__name__}; use AutoModelForCausalLM"
             )
-        self._checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
+        unstack_experts(model)
+        self._source = Checkpoint(Path(checkpoint_files[0]).parent)
+        self._checkpoint = ModelCheckpoint(self._source, model)
+        self._info = in_model_names(self._info, self._checkpoint)
         _fetch_key_scales(model, self._checkpoint, self._info)
         replace_linears(model, self._checkpoint, self._info)
         check_complete(model, self._checkpoint)
@@ -126,13 +131,19 @@ class QuantkitQuantizer(HfQuantizer):
         # Where accelerate spread the model over several devices, its hooks hold on to the modules as they are.
         if not any(hasattr(module, "_hf_hook") for module in model.modules()):
             patch(model)
-        save_as_checkpoint(model, self._checkpoint)
+        save_as_checkpoint(model, self._source)
         return model
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Experts stay single linears here: nothing is to be stacked on the way in."""
+        from transformers.core_model_loading import WeightConverter
+
+        return [c for c in weight_conversions if not isinstance(c, WeightConverter)]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         from quantkit.runtime.save import checkpoint_tensors
 
-        return checkpoint_tensors(model, self._checkpoint), {}
+        return checkpoint_tensors(model, self._source), {}
 
     def is_serializable(self) -> bool:
         return True

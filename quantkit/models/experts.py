@@ -165,7 +165,8 @@ def unstack_experts(model: Any) -> None:
         if gate_up is None or down is None or gate_up.ndim != 3 or len(module._parameters) != 2:
             continue
         if type(module) not in known:
-            known[type(module)] = _find_stack(module)
+            with torch.device("cpu"):  # transformers loads under the meta device
+                known[type(module)] = _find_stack(module)
         stack = known[type(module)]
         if stack is None:
             continue

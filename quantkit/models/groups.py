@@ -116,6 +116,11 @@ class LayerStructure:
     attention: Attention
     mlp: str
 
+    @property
+    def inputs(self) -> tuple[InputGroup, ...]:
+        """Every input of which statistics are kept: the groups and their parts."""
+        return tuple(each for group in self.groups for each in (group, *group.parts))
+
     def place(self, place: Place) -> tuple[InputGroup, ...]:
         """The groups of one place."""
         return tuple(group for group in self.groups if group.place == place)

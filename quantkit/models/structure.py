@@ -75,6 +75,15 @@ class Structure:
             for linear in group.linears
         }
 
+    def others(self) -> list[str]:
+        """Full names of what reads the inputs of linears and is never quantized: routers."""
+        return [
+            self.prefix(number) + name
+            for number in range(self.num_layers)
+            for group in self.groups(number)
+            for name in group.others
+        ]
+
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Full name -> (out, in) of every linear of every decoder layer."""
         return {

@@ -14,6 +14,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.config import QuantizationInfo, parse_quantization_config
 from quantkit.formats.packed import expected_tensors
+from quantkit.models.files import ModelCheckpoint, in_model_names
 from quantkit.models.names import find_model
 from quantkit.models.structure import build_skeleton, load_config
 from quantkit.runtime.attention import NAME, KVQuantizer, register
@@ -50,15 +51,17 @@ def load(
     Raises:
         QuantkitError: no such model, a broken checkpoint, or one of another tool.
     """
-    checkpoint = Checkpoint(find_model(str(model)))
-    config = load_config(checkpoint.config, str(model))
+    source = Checkpoint(find_model(str(model)))
+    config = load_config(source.config, str(model))
     info = QuantizationInfo({})
-    if "quantization_config" in checkpoint.config:
-        info = parse_quantization_config(checkpoint.config, str(model))
+    if "quantization_config" in source.config:
+        info = parse_quantization_config(source.config, str(model))
     if info.kv_cache:
         register()
-    _check_memory(checkpoint, device)
+    _check_memory(source, device)
     skeleton: Any = build_skeleton(config, str(model), attention=NAME if info.kv_cache else "sdpa")
+    checkpoint = ModelCheckpoint(source, skeleton)
+    info = in_model_names(info, checkpoint)
     replace_linears(skeleton, checkpoint, info)
     _fill(skeleton, checkpoint, dtype or _dtype_of(config))
     if info.kv_cache:
@@ -70,7 +73,7 @@ def load(
     for quantizer in quantizers(skeleton):
         quantizer.fresh_prompts = fresh_prompts
     if info.schemes:
-        save_as_checkpoint(skeleton, checkpoint)
+        save_as_checkpoint(skeleton, source)
     _generation_config(skeleton, checkpoint.path)
     return skeleton.eval()
 

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import VARIANTS, VOCAB, make_model
+from tiny_models import VARIANTS, VOCAB, make_model, structure_of
 
 from quantkit.models.experts import unstack_experts
 from quantkit.models.folding import fold_factor, fold_rope_factor
 from quantkit.models.groups import PLACES
-from quantkit.models.structure import build_skeleton, find_structure
 
 # What no factor can reach, by place; all else can.
 UNREACHED = {
@@ -41,7 +40,7 @@ def make(variant: str):
     before = logits(model)
     unstack_experts(model)
     assert same(logits(model), before, variant)
-    structure = find_structure(build_skeleton(model.config, variant), variant)
+    structure = structure_of(variant)
     return model, structure, model.get_submodule(structure.layers)
 
 

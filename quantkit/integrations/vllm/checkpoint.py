@@ -107,6 +107,8 @@ def _check_model(checkpoint: Checkpoint, info: QuantizationInfo) -> bool:
     """Every tensor of the model is there, as `quantkit.load` wants it; False where transformers cannot build it."""
     from transformers import AutoModelForCausalLM
 
+    from quantkit.models.experts import unstack_experts
+    from quantkit.models.files import ModelCheckpoint, in_model_names
     from quantkit.models.structure import load_config
     from quantkit.runtime.load import check_complete, replace_linears
 
@@ -118,8 +120,10 @@ def _check_model(checkpoint: Checkpoint, info: QuantizationInfo) -> bool:
         Exception
     ):  # whatever a newer or rarer architecture raises: vLLM may know it all the same
         return False
-    replace_linears(model, checkpoint, info)
-    check_complete(model, checkpoint)
+    unstack_experts(model)
+    named = ModelCheckpoint(checkpoint, model)
+    replace_linears(model, named, in_model_names(info, named))
+    check_complete(model, named)
     return True
 
 
