@@ -26,7 +26,7 @@ class _Strict(BaseModel):
 class Weights(_Strict):
     """Weights: bits, groups, how scales are chosen (`clip`) and stored (`scale`), how values are rounded."""
 
-    bits: Literal[4, 8] = 4
+    bits: Literal[2, 3, 4, 5, 6, 7, 8] = 4
     group_size: Literal[32, 64, 128, 256] | Literal["channel"] = 128
     grid: Literal["integer", "half"] = "integer"
     scale: Literal["bf16", "fp8_channel", "fp8_tensor"] = "bf16"
@@ -35,12 +35,8 @@ class Weights(_Strict):
 
     @model_validator(mode="after")
     def _supported(self) -> Weights:
-        if self.bits == 8 and self.group_size != "channel":
-            raise ValueError("bits: 8 is not supported with groups; group_size: channel is")
-        if self.bits == 8 and self.scale != "bf16":
-            raise ValueError("bits: 8 is not supported with FP8 group scales; 4 is")
-        if self.bits == 8 and self.grid == "half":
-            raise ValueError("bits: 8 is not supported on the half-integer grid; 4 is")
+        if self.bits > 4 and self.scale != "bf16":
+            raise ValueError(f"bits: {self.bits} is not supported with FP8 group scales; 4 is")
         if self.group_size == "channel" and self.scale != "bf16":
             raise ValueError("scale: FP8 group scales need groups; group_size: 128 has them")
         if self.clip == "gaussian" and self.grid != "half":
@@ -53,12 +49,14 @@ class Weights(_Strict):
 class Activations(_Strict):
     """Activations, quantized per token while the model runs."""
 
-    bits: Literal[4, 8] = 8
+    bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
     type: Literal["int", "float"] = "int"
     grid: Literal["integer", "half"] = "integer"
 
     @model_validator(mode="after")
     def _supported(self) -> Activations:
+        if self.grid == "integer" and self.bits not in (4, 8):
+            raise ValueError(f"bits: {self.bits} is supported on grid: half only; 4 and 8 on both")
         if self.type == "float" and (self.bits != 8 or self.grid == "half"):
             raise ValueError("type: float is FP8: bits 8 on the integer grid")
         return self
@@ -191,8 +189,6 @@ class Recipe(_Strict):
         for rule in (None, *self.rules):
             weights = (rule and rule.weights) or self.weights
             acts = (rule and rule.activations) or self.activations
-            if weights.bits == 8 and (acts is None or acts.type != "int" or acts.bits != 8):
-                raise ValueError("weights.bits: 8 runs with INT8 activations only; 4 runs with all")
             if acts and (weights.grid == "half") != (acts.grid == "half"):
                 raise ValueError(
                     "grid: half must stand in weights and activations both, or in neither"
@@ -315,9 +311,9 @@ class Recipe(_Strict):
                     f"recipe {self.name}: {what} {size} does not divide the {columns} in-features of {module}; "
                     f"--set {what}={_divisor(columns, size)}, or a rule that skips it"
                 )
-        if scheme.weights.bits == 4 and columns % 8:
+        if scheme.weights.bits <= 4 and columns % 8:
             raise QuantkitError(
-                f"recipe {self.name}: {module} has {columns} in-features; INT4 packs eight at a time"
+                f"recipe {self.name}: {module} has {columns} in-features; up to four bits run eight at a time"
             )
 
 

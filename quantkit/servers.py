@@ -30,6 +30,7 @@ _LINEARS: dict[str, tuple[str, ...]] = {
     "plain": (NATIVE, NATIVE, NATIVE, NATIVE, NATIVE),
     "int4 with fp8": (NATIVE, REFUSED, NATIVE, REFUSED, WEIGHTS_ONLY),
     "int4 with int": (NATIVE, WEIGHTS_ONLY, WEIGHTS_ONLY, WEIGHTS_ONLY, WEIGHTS_ONLY),
+    "other widths": (NATIVE, REFUSED, WEIGHTS_ONLY, WEIGHTS_ONLY, REFUSED),
     "ours alone": (PLUGIN, REFUSED, REFUSED, REFUSED, REFUSED),
 }
 
@@ -40,6 +41,8 @@ def _kind(schemes: dict[str, Scheme]) -> str:
     pairs = {
         (s.weights.bits, s.activations.bits if s.activations else 16) for s in schemes.values()
     }
+    if any(s.weights.bits != 4 and s.packs for s in schemes.values()):
+        return "other widths"
     if pairs <= {(4, 16), (8, 8)}:
         return "plain"
     floats = any(s.activations and s.activations.type == "float" for s in schemes.values())

@@ -104,7 +104,7 @@ def _check_modules(
                 result.problems.append(
                     f"{scale_name}: holds a scale that is zero, negative or not finite"
                 )
-        if scheme.weights.bits == 4 and f"{name}.weight" in checkpoint.tensors:
+        if scheme.packs and f"{name}.weight" in checkpoint.tensors:
             result.problems.append(f"{name}.weight: lies beside its packed form")
     ignored = set(checkpoint.config["quantization_config"].get("ignore", []))
     for name in linears.keys() - info.schemes.keys():

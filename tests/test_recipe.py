@@ -99,7 +99,7 @@ def test_rules_give_a_module_another_scheme(structure, linears, tmp_path: Path):
 @pytest.mark.parametrize(
     ("yaml", "says"),
     [
-        ("weights: {bits: 5}", "weights.bits: 5 is not supported; 4 or 8 is"),
+        ("weights: {bits: 9}", "weights.bits: 9 is not supported; 2, 3, 4, 5, 6, 7 or 8 is"),
         ("weights: {bits: 8, group_size: channel, scale: fp8_channel}", "FP8 group scales; 4 is"),
         ("weights: {bitz: 4}", "weights.bitz: unknown key; did you mean 'bits'?"),
         ("weigths: {bits: 4}", "weigths: unknown key; did you mean 'weights'?"),
@@ -113,7 +113,10 @@ def test_rules_give_a_module_another_scheme(structure, linears, tmp_path: Path):
             "rotation.inputs: qkv: turned in the weights already; inputs: ['down']",
         ),
         ("weights: {}\nrotation: {inputs: none}", "rotation.inputs: none, and nothing else"),
-        ("weights: {bits: 8, group_size: channel}", "INT8 activations only"),
+        (
+            "weights: {}\nactivations: {bits: 6}",
+            "activations.bits: 6 is supported on grid: half only",
+        ),
         ("weights: {grid: half}", "needs rotation"),
         ("weights: [", "not valid YAML"),
         ("- 1", "a mapping is expected, not list"),

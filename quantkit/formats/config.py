@@ -52,8 +52,7 @@ def requirements(schemes: dict[str, Scheme]) -> list[str]:
 def _layout(scheme: Scheme) -> str:
     if requirements({"": scheme}):
         return NEEDS_QUANTKIT
-    weights = scheme.weights
-    return "pack-quantized" if weights.bits == 4 else "int-quantized"
+    return "pack-quantized" if scheme.packs else "int-quantized"
 
 
 def _weight_args(weights: WeightFormat) -> dict[str, Any]:

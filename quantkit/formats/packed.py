@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from quantkit.formats.bits import pack, packed_words
 from quantkit.formats.scheme import Scheme
-from quantkit.kernels.packing import pack_int4
 
 
 def packed_tensors(
@@ -17,9 +17,9 @@ def packed_tensors(
         raise ValueError(
             "a scale is not a bf16 number: weights must be rounded against the scale that is stored"
         )
-    if scheme.weights.bits == 4:
+    if scheme.packs:
         return {
-            "weight_packed": pack_int4(codes),
+            "weight_packed": pack(codes, scheme.weights.bits),
             "weight_scale": stored,
             "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
         }
@@ -32,9 +32,9 @@ def expected_tensors(
     """Suffix -> (safetensors dtype, shape) of a weight [rows, columns] in this scheme."""
     groups = columns // scheme.weights.group_size if scheme.weights.group_size else 1
     scale = ("BF16", (rows, groups))
-    if scheme.weights.bits == 4:
+    if scheme.packs:
         return {
-            "weight_packed": ("I32", (rows, columns // 8)),
+            "weight_packed": ("I32", (rows, packed_words(columns, scheme.weights.bits))),
             "weight_scale": scale,
             "weight_shape": ("I64", (2,)),
         }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from quantkit.formats.bits import packed_words
+
 
 @dataclass(frozen=True)
 class WeightFormat:
@@ -51,11 +53,18 @@ class Scheme:
             name += f" H{self.rotation}"
         return name + (" half-grid" if self.weights.half else "")
 
+    @property
+    def packs(self) -> bool:
+        """Whether codes are packed into 32-bit words; else they are bytes, as servers' INT8 products read them."""
+        weights, acts = self.weights, self.activations
+        bytewise = weights.bits == 8 and weights.group_size is None and not weights.half
+        return not (bytewise and acts is not None and acts.type == "int")
+
     def packed_bytes(self, rows: int, columns: int) -> int:
         """Bytes on disk of a weight [rows, columns] with its scales."""
         groups = columns // self.weights.group_size if self.weights.group_size else 1
-        shape = 16 if self.weights.bits == 4 else 0
-        return rows * columns * self.weights.bits // 8 + rows * groups * 2 + shape
+        codes = 4 * packed_words(columns, self.weights.bits) if self.packs else columns
+        return rows * codes + rows * groups * 2 + (16 if self.packs else 0)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

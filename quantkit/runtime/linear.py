@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.formats.bits import pack, unpack
 from quantkit.formats.packed import expected_tensors
 from quantkit.formats.scheme import ActivationFormat, Scheme
 from quantkit.kernels import gpu_layout, int4pack
@@ -17,6 +18,7 @@ from quantkit.kernels.int4_fp8_linear import int4_fp8_linear
 from quantkit.kernels.int4_int8_linear import int4_int8_linear
 from quantkit.kernels.int4_linear import int4_linear
 from quantkit.kernels.int8_linear import int8_linear
+from quantkit.kernels.wide_linear import wide_linear
 from quantkit.runtime.activations import Quantized, quantize_activation
 
 _DTYPES = {"I32": torch.int32, "I64": torch.int64, "I8": torch.int8, "BF16": torch.bfloat16}
@@ -39,6 +41,8 @@ class QuantLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: bool, scheme: Scheme) -> None:
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        # Whether codes of other than four bits are in the form that the ops take.
+        self._expanded = False
         for name, (dtype, shape) in expected_tensors(scheme, out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=_DTYPES[dtype], device="meta"))
         self.register_buffer("bias", torch.empty(out_features, device="meta") if bias else None)
@@ -55,25 +59,34 @@ class QuantLinear(nn.Module):
     @property
     def packed(self) -> torch.Tensor:
         """The weight as the op takes it."""
-        return self.weight_packed if self.scheme.weights.bits == 4 else self.weight
+        weights = self.scheme.weights
+        if not self.scheme.packs:
+            return self.weight
+        if weights.bits == 4 or self._expanded:
+            return self.weight_packed
+        return _expand(self.weight_packed, weights.bits, self.in_features)
 
     @property
     def op(self) -> Op:
         """The op that this layer runs; its `backend` says which implementation that is."""
         acts = self.scheme.activations
+        if self.scheme.weights.bits > 4:
+            return int8_linear if _is_int8(self.scheme) else wide_linear
         if self.scheme.weights.half:
             return hadamard_int4_linear
         if acts is None:
             return int4_linear
         if acts.type == "float":
             return int4_fp8_linear
-        return int8_linear if self.scheme.weights.bits == 8 else int4_int8_linear
+        return int4_int8_linear
 
     def prepare(self) -> None:
         """Repack the weight for the device it is on, where that has a layout of its own; once, after loading."""
-        if self.scheme.weights.bits != 4:
+        if not self.scheme.packs or self.weight_packed.dtype != torch.int32:
             return
-        if self.weight_packed.dtype != torch.int32:
+        if self.scheme.weights.bits != 4 and not self._expanded:
+            self.weight_packed, self._expanded = self.packed, True
+        if self.scheme.weights.bits > 4:
             return
         weight, scale, half = self.weight_packed, self.weight_scale, self.scheme.weights.half
         if runs_triton(weight.device):
@@ -95,7 +108,7 @@ class QuantLinear(nn.Module):
     def input_form(self) -> ActivationFormat | None:
         """The format in which the product takes its input, or None if it wants the input itself."""
         rotated = self.scheme.weights.half or self.scheme.rotation is not None
-        return None if rotated else self.scheme.activations
+        return None if rotated or self.op is wide_linear else self.scheme.activations
 
     def product(self, x: Quantized, dtype: torch.dtype) -> torch.Tensor:
         """The layer's output in `dtype` for an input that is quantized already."""
@@ -108,6 +121,8 @@ class QuantLinear(nn.Module):
         """The op's arguments for an input [..., K], with a bias in the place of the layer's own if one is given."""
         scheme, acts = self.scheme, self.scheme.activations
         bias = self.bias if bias is None else bias
+        if self.op is wide_linear:
+            return (*self._values(x), bias, scheme.weights.half, x.dtype)
         if scheme.weights.half:
             assert acts is not None
             block = scheme.rotation or 1  # 1: turned in the weights already
@@ -119,12 +134,39 @@ class QuantLinear(nn.Module):
         codes, scale = quantize_activation(x, acts)
         return (codes, scale, self.packed, self.weight_scale, bias, x.dtype)
 
+    def _values(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What `wide_linear` takes first: the codes' values and step, or the input itself and None."""
+        acts = self.scheme.activations
+        if self.scheme.rotation:
+            x = hadamard(x, self.scheme.rotation)
+        if acts is None:
+            return x, self.packed, self.weight_scale, None
+        codes, step = quantize_activation(x, acts)
+        # An e4m3 number, and n + 1/2 of up to eight bits, are exact in bf16.
+        values = codes.to(torch.float32 if x.dtype == torch.float32 else torch.bfloat16)
+        return values + 0.5 if acts.half else values, self.packed, self.weight_scale, step
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.op(*self.arguments(x))
         return output
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}"
+
+
+def _is_int8(scheme: Scheme) -> bool:
+    """Whether the INT8 product takes codes of five to eight bits: one scale per row, INT8 activations."""
+    acts, weights = scheme.activations, scheme.weights
+    plain = weights.group_size is None and not weights.half and acts is not None and not acts.half
+    return plain and acts is not None and acts.type == "int"
+
+
+def _expand(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Codes as stored -> as the ops take them: two and three bits among those of four, more as bytes."""
+    codes = unpack(packed, bits, columns)
+    return pack(codes, 4) if bits < 4 else codes
 
 
 def stack(linears: list[QuantLinear]) -> QuantLinear:

@@ -38,6 +38,11 @@ def logits(model) -> torch.Tensor:
         ("crossquant", (), 2e-2, 5e-2),
         ("crossquant-w4a8", (), 2e-2, 5e-2),
         ("quest-hadamard-offline", (), 2e-2, 5e-2),
+        ("int4", ("weights.bits=2",), 1e-5, 1e-4),
+        ("int4", ("weights.bits=3", "weights.group_size=32"), 1e-5, 1e-4),
+        ("int4", ("weights.bits=5",), 1e-5, 1e-4),
+        ("int4", ("weights.bits=8", "weights.group_size=64"), 1e-5, 1e-4),
+        ("int8", ("weights.bits=6",), 2e-2, 5e-2),
     ],
 )
 def test_same_weights_products_and_logits(
