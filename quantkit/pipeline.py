@@ -12,6 +12,13 @@ from typing import Any
 import torch
 
 import quantkit
+from quantkit.allocation.allocate import (
+    SAMPLES,
+    allocate,
+    check_target,
+    find_target,
+    widths_for,
+)
 from quantkit.calibration.activations import Activations
 from quantkit.calibration.data import BUNDLED_CALIBRATION, CalibrationSet, calibration_blocks
 from quantkit.calibration.stream import LayerStream, observe
@@ -30,6 +37,8 @@ from quantkit.resume import RunState, describe_run, digest, finished_report
 
 KV_FILE = "quantkit/kv.safetensors"
 REPORT_FILE = "quantkit/report.json"
+# The recipe as it was resolved, for --recipe.
+RECIPE_FILE = "quantkit/recipe.yaml"
 # Tokens of each linear's input that are kept for the search of channel factors.
 _SEARCH_ROWS = 1024
 # Blocks on which a quantized layer's output is compared with the original layer's.
@@ -50,6 +59,9 @@ def quantize(
     overrides: list[str] | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    target_bits: float | None = None,
+    target_size: str | int | None = None,
+    widths: list[int] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Quantize a checkpoint into a folder that quantkit, and where the scheme allows transformers, vLLM and SGLang, load.
@@ -64,6 +76,10 @@ def quantize(
         overrides: `path=value` changes of the recipe (not with a Recipe object).
         seed: of the choice of calibration blocks.
         overwrite: replace a finished output of ours, or another run's unfinished one.
+        target_bits: give each part of the model the width that costs least, so that the quantized linears take at
+            most so many bits per weight, scales included; the rules found lie in quantkit/recipe.yaml.
+        target_size: the same for the bytes of the whole checkpoint: a number, or as `3GB`.
+        widths: the bits to choose from; all that there are if left out.
         progress: called with (layers done, layers, what is being done).
 
     Returns:
@@ -87,8 +103,18 @@ def quantize(
         raise QuantkitError(
             f"--seqlen {seqlen}: the model was made for at most {plan.structure.max_positions} tokens"
         )
-    path = Path(output) if output is not None else default_output(model, recipe)
     tell = progress or (lambda done, total, what: None)
+    allocation = None
+    target = find_target(target_bits, target_size)
+    if target is not None:
+        choice = widths_for(recipe, widths)
+        check_target(plan, target, choice)
+        few = min(SAMPLES, samples or recipe.calibration.samples)
+        text = _calibration(plan, calib, few, seqlen, seed)
+        recipe, allocation = allocate(plan, target, text, choice, where, tell)
+        # Measuring has used the skeleton up.
+        plan = make_plan(model, recipe, samples=samples, seqlen=seqlen)
+    path = Path(output) if output is not None else default_output(model, recipe)
 
     def calibration() -> CalibrationSet | None:
         if not recipe.needs_calibration:
@@ -118,6 +144,8 @@ def quantize(
         tell(total, total, "verifying")
         report = {"layers": state.layers} | _summary(model, plan, data, seed)
         report["run"] = digest(run)
+        if allocation is not None:
+            report["allocation"] = allocation | {"recipe_file": RECIPE_FILE}
         _finish(plan, folder, data, state, report)
     return report | {"output": str(path)}
 
@@ -336,7 +364,7 @@ def _finish(
 ) -> None:
     """Side files, config.json, verification, the report, and the move into place."""
     scales = state.scales
-    side: dict[str, Callable[[Path], None]] = {}
+    side: dict[str, Callable[[Path], None]] = {RECIPE_FILE: plan.recipe.save}
     if scales:
         side[KV_FILE] = partial(save_tensors, scales)
     for file in plan.checkpoint.path.iterdir():

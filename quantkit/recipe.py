@@ -227,6 +227,12 @@ class Recipe(_Strict):
         except ValidationError as error:
             raise QuantkitError(f"{_where(name)}: {_readable(error)}") from None
 
+    def save(self, path: Path) -> None:
+        """A YAML file that `load` reads as this recipe."""
+        data = {"name": self.name} | self.model_dump(exclude_defaults=True)
+        data["weights"] = self.weights.model_dump(exclude_defaults=True)
+        path.write_text(yaml.safe_dump(data, sort_keys=False, width=120), encoding="utf-8")
+
     def rule_for(self, module: str) -> Rule | None:
         return next((rule for rule in self.rules if fnmatch.fnmatch(module, rule.match)), None)
 

@@ -16,6 +16,7 @@ from quantkit.cli.output import (
     progress_bar,
     size,
 )
+from quantkit.errors import QuantkitError
 
 
 def command(
@@ -39,6 +40,18 @@ def command(
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", help="Change the recipe: path=value, as weights.group_size=64."),
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Mixed precision: at most so many bits per weight, scales included."),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(help="Mixed precision: a checkpoint of at most this size, as 3GB."),
+    ] = None,
+    widths: Annotated[
+        str | None,
+        typer.Option(help="Bits that mixed precision chooses from, as 4,8; all if left out."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of calibration blocks.")] = 0,
     overwrite: Annotated[
@@ -72,12 +85,31 @@ def command(
             device=device,
             seed=seed,
             overwrite=overwrite,
+            target_bits=target_bits,
+            target_size=target_size,
+            widths=_widths(widths),
             progress=progress,
         )
     if as_json:
         print_json(report)
         return
     _print(report)
+
+
+def _widths(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise QuantkitError(f"--widths {text}: numbers of bits are expected, as 4,8") from None
+
+
+def _print_allocation(allocation: dict[str, Any], output: str) -> None:
+    bits = [part["bits"] for part in allocation["parts"].values()]
+    counts = ", ".join(f"{bits.count(width)} at {width}" for width in sorted(set(bits)))
+    out.print(
+        f"  mixed precision    {allocation['bits']:.3f} bits per weight with scales; parts: {counts}"
+    )
+    out.print(f"  its rules          {output}/{allocation['recipe_file']}, for --recipe")
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -95,6 +127,8 @@ def _print(report: dict[str, Any]) -> None:
         f"  whole checkpoint   {size(total['before'])} -> {size(total['after'])}  "
         f"({total['after'] / total['before']:.3f})"
     )
+    if "allocation" in report:
+        _print_allocation(report["allocation"], report["output"])
     errors = [layer["output_error"] for layer in report["layers"] if "output_error" in layer]
     if errors:
         out.print(
