@@ -20,7 +20,7 @@ def _reference(
         x: bf16, fp16 or float32.
         form: "fp8", "int8" or "half", as `quantize_rows` takes it.
         bits: of the codes.
-        block: of the rotation, as `hadamard` takes it.
+        block: of the rotation, as `hadamard` takes it; 1 rotates nothing.
 
     Raises:
         ValueError: K is not a multiple of the block, or the form is unknown.
@@ -32,6 +32,8 @@ def _reference(
 def _cpu(
     x: torch.Tensor, form: str, bits: int = 8, block: int = 128
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if block == 1:
+        return quantize_rows(x, form, bits)
     found = native.rotate_and_quantize(x, block, *native_form(form, bits))
     return _reference(x, form, bits, block) if found is None else found
 
@@ -41,6 +43,8 @@ def _triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from .gpu import hadamard as gpu
 
+    if block == 1:
+        return quantize_rows(x, form, bits)
     return gpu.rotate_and_quantize(x, block, form, *levels_and_factor(form, bits))
 
 

@@ -331,8 +331,11 @@ def _copy_the_rest(plan: Plan, folder: OutputFolder) -> None:
             copy_tensor(plan.checkpoint, name, folder)
             folder.end_of_layer()
     if plan.basis:
-        for name, tensor in plan.basis.turn_outside(partial(plan.checkpoint.load, finite=True)):
-            folder.add(name, tensor)
+        for turned_tensor in plan.basis.turn_outside(plan.checkpoint):
+            like = turned_tensor.like
+            with folder.tensor(turned_tensor.name, like.dtype, like.shape) as pieces:
+                for piece in turned_tensor.pieces:
+                    pieces.write(piece)
             folder.end_of_layer()
 
 

@@ -11,7 +11,7 @@ A weight [out, in] that reads a rotated input has its columns rotated, one that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.checkpoint import Checkpoint, TensorInfo
 from quantkit.methods.hadamard import random_signs, rotate, widest_block
 from quantkit.models.groups import Feeder, InputGroup, LayerStructure
 from quantkit.models.probe import norm_offset
@@ -74,37 +75,52 @@ class ResidualBasis:
     def turn_rows(
         self, weight: torch.Tensor, norm_weight: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """An embedding or head [vocabulary, width] in the new basis, in its own type.
+        """Rows of an embedding or head [rows, width] in the new basis, in its own type.
 
         Args:
             norm_weight: [width], the weight of the final norm, which goes into the head.
         """
-        turned = torch.empty_like(weight)
-        for first in range(0, len(weight), _ROWS):
-            rows = weight[first : first + _ROWS]
-            rows = rows if rows.dtype == torch.float64 else rows.float()
-            if norm_weight is not None:
-                rows = rows * norm_weight.to(rows)
-            turned[first : first + _ROWS] = self.turn(rows).to(weight.dtype)
-        return turned
+        rows = weight if weight.dtype == torch.float64 else weight.float()
+        if norm_weight is not None:
+            rows = rows * norm_weight.to(rows)
+        return self.turn(rows).to(weight.dtype)
 
     @property
     def outside(self) -> set[str]:
         """The tensors outside the layers that change; where the source's head is tied, the head is a new one."""
         return {f"{module}.weight" for module in (self.embedding, self.norm, self.head)}
 
-    def turn_outside(
-        self, load: Callable[[str], torch.Tensor]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of all of `outside`, one after the other, from the source's tensors.
+    def turn_outside(self, source: Checkpoint) -> Iterator[TurnedTensor]:
+        """All of `outside`, one after the other, in pieces, from the source's tensors.
 
         A tied head is written on its own: the final norm's weight belongs to it and not to the embedding.
+
+        Raises:
+            QuantkitError: a tensor is missing, or holds NaN or infinity.
         """
-        norm = load(f"{self.norm}.weight")
-        yield f"{self.embedding}.weight", self.turn_rows(load(f"{self.embedding}.weight"))
-        head = self.embedding if self.tied else self.head
-        yield f"{self.head}.weight", self.turn_rows(load(f"{head}.weight"), norm)
-        yield f"{self.norm}.weight", torch.ones_like(norm)
+        norm = source.read(f"{self.norm}.weight", finite=True)
+
+        def pieces(name: str, norm_weight: torch.Tensor | None) -> Iterator[torch.Tensor]:
+            rows = source.tensors[name].shape[0]
+            for first in range(0, rows, _ROWS):
+                span = (first, min(first + _ROWS, rows))
+                yield self.turn_rows(source.read(name, rows=span, finite=True), norm_weight)
+
+        embedding = f"{self.embedding}.weight"
+        yield TurnedTensor(embedding, source.tensors[embedding], pieces(embedding, None))
+        head = embedding if self.tied else f"{self.head}.weight"
+        yield TurnedTensor(f"{self.head}.weight", source.tensors[head], pieces(head, norm))
+        final = f"{self.norm}.weight"
+        yield TurnedTensor(final, source.tensors[final], iter([torch.ones_like(norm)]))
+
+
+@dataclass(frozen=True)
+class TurnedTensor:
+    """A tensor of the output, piece by piece along its rows; `like` has its type and shape."""
+
+    name: str
+    like: TensorInfo
+    pieces: Iterator[torch.Tensor]
 
 
 def residual_basis(

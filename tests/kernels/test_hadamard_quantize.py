@@ -12,7 +12,8 @@ FORMS = [("fp8", 8), ("int8", 8), ("int8", 4), ("half", 4), ("half", 8)]
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
-    ("shape", "block"), [((3, 384), 128), ((2, 3, 64), 16), ((1, 1024), 512), ((2, 192), 96)]
+    ("shape", "block"),
+    [((3, 384), 128), ((2, 3, 64), 16), ((1, 1024), 512), ((2, 192), 96), ((2, 96), 1)],
 )
 @pytest.mark.parametrize(("form", "bits"), FORMS)
 def test_against_the_two_steps(form: str, bits: int, shape, block: int, dtype) -> None:
