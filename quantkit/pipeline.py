@@ -355,6 +355,7 @@ def _summary(model: str, plan: Plan, data: CalibrationSet | None, seed: int) -> 
         "linear_bytes": dict(zip(("before", "after"), plan.linear_bytes)),
         "total_bytes": dict(zip(("before", "after"), plan.total_bytes)),
         "servers": plan.servers,
+        "left_out": plan.notes,
     }
 
 

@@ -193,10 +193,18 @@ def _peak_bytes(
     libraries = 500 * 2**20
     if not recipe.needs_calibration:
         return libraries + 2 * layer
-    widths = {columns for linears in shapes for _, columns in linears}
+    widths = [
+        max((kind.shapes[group.linears[0]][1] for group in kind.inputs), default=0)
+        for kind in structure.kinds
+    ]
+    sums = max(
+        sum(kind.shapes[group.linears[0]][1] ** 2 for group in kind.inputs)
+        for kind in structure.kinds
+    )
     first = structure.layer(0)
     hidden = first.shapes[first.place("qkv")[0].linears[0]][1]
-    hessians = sum(2 * width * width * 4 for width in widths)
+    # One for each input, experts' among them, and a copy of the largest while it is solved.
+    hessians = 4 * (sums + max(widths) ** 2)
     embedding = max((info.bytes for info in checkpoint.tensors.values()), default=0)
     return libraries + 2 * layer + hessians + samples * seqlen * hidden * 4 + embedding
 

@@ -45,9 +45,10 @@ def command(
         out.print(
             f"  keys, values   INT{plan.recipe.kv_cache.bits} per token and head, {plan.recipe.kv_cache.scale} scale"
         )
-    out.print(
-        f"  kept           {', '.join(plan.unquantized_linears) or 'nothing'}, embeddings, norms"
-    )
+    kept = plan.unquantized_linears
+    more = f" and {len(kept) - 3} more" if len(kept) > 4 else ""
+    names = ", ".join(kept[:3] if more else kept) or "nothing"
+    out.print(f"  kept           {names}{more}, embeddings, norms")
     if modules:
         for name, each in plan.schemes.items():
             out.print(f"    {name}  {each}", markup=False)

@@ -134,6 +134,16 @@ def _print(report: dict[str, Any]) -> None:
         out.print(
             f"  layer output error {min(errors):.2%} to {max(errors):.2%} (squared, relative)"
         )
+    for line in report.get("left_out", []):
+        err.print(f"  left out: {line}", markup=False)
+    few = [figures["fallback"] for layer in report["layers"]
+           for figures in layer["linears"].values() if figures.get("fallback")]  # fmt: skip
+    if few:
+        err.print(
+            f"  {len(few)} linears of experts saw too few tokens: {few.count('shared')} used those of all experts, "
+            f"{few.count('nearest')} were rounded to nearest; more --samples help",
+            markup=False,
+        )
     fell = [f"layer {n}: {name}" for n, layer in enumerate(report["layers"])
             for name, figures in layer["linears"].items() if figures.get("fell_back")]  # fmt: skip
     if fell:

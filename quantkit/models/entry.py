@@ -31,20 +31,19 @@ class LayerCall:
 class _Recorder(nn.Module):
     """Stands where a decoder layer stands, and notes what the model calls it with."""
 
-    def __init__(self, layer: nn.Module, last: bool) -> None:
+    def __init__(self, layer: nn.Module, last: bool, in_tuple: bool) -> None:
         super().__init__()
         # Not a sub-module: the model may read attributes of the layer, but must not see its parameters.
         self.__dict__["layer"] = layer
-        self.last = last
+        self.last, self.in_tuple = last, in_tuple
         self.hidden: torch.Tensor | None = None
         self.call = LayerCall()
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.hidden, self.call = hidden_states, LayerCall(args, kwargs)
         if self.last:
             raise _Reached
-        # A model that takes the first of a layer's tuple gets one row of it, which only recorders see.
-        return hidden_states
+        return (hidden_states,) if self.in_tuple else hidden_states
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -54,11 +53,11 @@ class _Recorder(nn.Module):
 
 
 @contextmanager
-def _recorders(skeleton: nn.Module, layers: str) -> Iterator[list[_Recorder]]:
+def _recorders(skeleton: nn.Module, layers: str, in_tuple: bool) -> Iterator[list[_Recorder]]:
     parent, _, name = layers.rpartition(".")
     owner: Any = skeleton.get_submodule(parent)
     originals: Any = getattr(owner, name)
-    recorders = [_Recorder(layer, layer is originals[-1]) for layer in originals]
+    recorders = [_Recorder(layer, layer is originals[-1], in_tuple) for layer in originals]
     setattr(owner, name, nn.ModuleList(recorders))
     try:
         yield recorders
@@ -80,10 +79,23 @@ def layer_calls(
     Returns:
         (the first layer's input [batch, tokens, hidden size], what each layer is called with).
     """
-    with _recorders(skeleton, layers) as recorders, suppress(_Reached):
+    try:
+        return _record(skeleton, layers, embedded, in_tuple=False)
+    except (TypeError, IndexError, AttributeError, RuntimeError, ValueError):
+        return _record(skeleton, layers, embedded, in_tuple=True)
+
+
+def _record(
+    skeleton: Any, layers: str, embedded: torch.Tensor, in_tuple: bool
+) -> tuple[torch.Tensor, list[LayerCall]]:
+    with _recorders(skeleton, layers, in_tuple) as recorders, suppress(_Reached):
         skeleton.base_model(inputs_embeds=embedded, use_cache=False)
-    assert recorders[0].hidden is not None
-    return recorders[0].hidden, [recorder.call for recorder in recorders]
+    seen = [recorder.hidden for recorder in recorders]
+    first = seen[0]
+    # A model that takes the first of a layer's tuple would get a row of what is none.
+    if first is None or any(hidden is None or hidden.shape != first.shape for hidden in seen):
+        raise ValueError("the decoder layers are not called one after the other")
+    return first, [recorder.call for recorder in recorders]
 
 
 @contextmanager

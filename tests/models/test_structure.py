@@ -71,6 +71,11 @@ def test_configs_that_are_none(config: dict, says: str):
         load_config(config, "m")
 
 
+def test_many_layers_of_a_model_that_takes_the_first_of_a_tuple():
+    config = make_config("bloom", n_layer=None, num_hidden_layers=6)
+    assert find_structure(build_skeleton(config, "m"), "m").num_layers == 6
+
+
 def test_remote_code_is_not_asked_for():
     config = load_config(
         make_config("llama").to_dict() | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}, "m"
