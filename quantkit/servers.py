@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantkit.errors import QuantkitError
 from quantkit.formats.config import requirements
+from quantkit.integrations.vllm.kernels import OURS, Platform, choose
 
 if TYPE_CHECKING:
     from quantkit.formats.scheme import KVFormat, Scheme
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 NATIVE = "native"  # the server's own kernels, every number as the scheme says
 WEIGHTS_ONLY = "weights only"  # the server's own kernels; activations stay in 16 bits
 PLUGIN = "plugin"  # by our integration
+EMULATED = "emulated"  # by our integration: the right numbers, without kernels for them
 REFUSED = "refused"  # with a line that says why
 
 TRANSFORMERS = "transformers"
@@ -21,17 +24,26 @@ VLLM_HOPPER = "vLLM on Hopper"
 VLLM_GPU = "vLLM, other GPUs"
 SGLANG = "SGLang"
 SERVERS = (TRANSFORMERS, VLLM_CPU, VLLM_HOPPER, VLLM_GPU, SGLANG)
+_VLLM = {
+    VLLM_CPU: Platform("cpu"),
+    VLLM_HOPPER: Platform("cuda", 90),
+    VLLM_GPU: Platform("cuda", 80),
+}
+_INSTALL = {
+    TRANSFORMERS: "import quantkit",
+    **dict.fromkeys(_VLLM, "pip install 'quantkit[vllm]'"),
+}
 
 _HALF_CACHE = "keys and values in 16 bits"
-_EXPORT = "`quantkit export` makes one for it"
+_EXPORT = "`quantkit export` writes what it takes"
 
-# Kind of checkpoint -> what each of SERVERS does with its linears. The kinds are those of `_kind`.
-_LINEARS: dict[str, tuple[str, ...]] = {
+# Kind of checkpoint -> what each of SERVERS does with its linears, without quantkit. The kinds are those of `_kind`.
+_STOCK: dict[str, tuple[str, ...]] = {
     "plain": (NATIVE, NATIVE, NATIVE, NATIVE, NATIVE),
     "int4 with fp8": (NATIVE, REFUSED, NATIVE, REFUSED, WEIGHTS_ONLY),
     "int4 with int": (NATIVE, WEIGHTS_ONLY, WEIGHTS_ONLY, WEIGHTS_ONLY, WEIGHTS_ONLY),
     "other widths": (NATIVE, REFUSED, WEIGHTS_ONLY, WEIGHTS_ONLY, REFUSED),
-    "ours alone": (PLUGIN, REFUSED, REFUSED, REFUSED, REFUSED),
+    "ours alone": (REFUSED, REFUSED, REFUSED, REFUSED, REFUSED),
 }
 
 
@@ -52,19 +64,36 @@ def _kind(schemes: dict[str, Scheme]) -> str:
 def who_serves(schemes: dict[str, Scheme], kv_cache: KVFormat | None) -> dict[str, str]:
     """Server -> what it does with a checkpoint of these schemes: one of the words above, and what goes with it."""
     found = {"quantkit": "all of it"}
-    for server, how in zip(SERVERS, _LINEARS[_kind(schemes)], strict=True):
-        found[server] = _words(server, how, kv_cache)
+    for server, stock in zip(SERVERS, _STOCK[_kind(schemes)], strict=True):
+        how = _with_quantkit(server, stock, schemes, kv_cache)
+        found[server] = _words(server, how, stock, kv_cache)
     return found
 
 
-def _words(server: str, how: str, kv_cache: KVFormat | None) -> str:
-    if server == TRANSFORMERS and how == PLUGIN:
-        return f"{PLUGIN}: import quantkit; without it, refused"
-    if server == TRANSFORMERS and kv_cache:
-        return f"{PLUGIN}: import quantkit; without it, {how} with {_HALF_CACHE}"
+def _with_quantkit(
+    server: str, stock: str, schemes: dict[str, Scheme], kv_cache: KVFormat | None
+) -> str:
+    """What the server does with quantkit beside it."""
+    if server == SGLANG:
+        return stock
+    if server == TRANSFORMERS:
+        return PLUGIN if stock == REFUSED or kv_cache else NATIVE
+    try:
+        choices = [choose(scheme, _VLLM[server]) for scheme in set(schemes.values())]
+    except QuantkitError:
+        return REFUSED
+    if server == VLLM_CPU and (kv_cache or any(choice.emulated for choice in choices)):
+        return EMULATED
+    return PLUGIN if kv_cache or any(choice.kernel == OURS for choice in choices) else NATIVE
+
+
+def _words(server: str, how: str, stock: str, kv_cache: KVFormat | None) -> str:
+    notes = ["activations in 16 bits"] if stock == WEIGHTS_ONLY else []
+    if kv_cache and stock != REFUSED:
+        notes.append(_HALF_CACHE)
+    if how in (PLUGIN, EMULATED):
+        alone = " with ".join([stock, " and ".join(notes)]) if notes else stock
+        return f"{how}: {_INSTALL[server]}; without it, {alone}"
     if how == REFUSED:
         return f"{REFUSED}; {_EXPORT}"
-    notes = ["activations in 16 bits"] if how == WEIGHTS_ONLY else []
-    if kv_cache:
-        notes.append(_HALF_CACHE)
     return f"{how}: {', '.join(notes)}" if notes else how
