@@ -38,7 +38,9 @@ RUNS: list[tuple[str, list[str]]] = [
     ("fireq", ["rope_scaling=null"]),
     ("fireq", ["kv_cache=null"]),
     ("quest-hadamard", []),
+    ("quest-hadamard-offline", []),
     ("quest-hadamard-w4a4", []),
+    ("quest-hadamard-w4a4kv4", []),
 ]
 SEQLEN = 512
 

@@ -82,7 +82,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
 
 def _check_module(checkpoint: Checkpoint, name: str, scheme: Scheme) -> None:
     """The tensors of one quantized linear are there and fit each other."""
-    rows, columns = _shape(checkpoint, name, 32 // scheme.weights.bits)
+    rows, columns = _shape(checkpoint, name, scheme.weights.bits)
     for suffix, (dtype, shape) in expected_tensors(scheme, rows, columns).items():
         found = checkpoint.tensors.get(f"{name}.{suffix}")
         if found is None or (found.dtype, found.shape) != (dtype, shape):
@@ -92,12 +92,12 @@ def _check_module(checkpoint: Checkpoint, name: str, scheme: Scheme) -> None:
             )
 
 
-def _shape(checkpoint: Checkpoint, name: str, per_word: int) -> tuple[int, int]:
-    """(rows, columns) of a quantized weight, packed or not."""
-    for suffix, per_element in (("weight", 1), ("weight_packed", per_word)):
-        found = checkpoint.tensors.get(f"{name}.{suffix}")
-        if found is not None:
-            return found.shape[0], found.shape[1] * per_element
+def _shape(checkpoint: Checkpoint, name: str, bits: int) -> tuple[int, int]:
+    """(rows, columns) of a quantized weight, packed or not; vLLM's layers have multiples of 32 columns."""
+    if plain := checkpoint.tensors.get(f"{name}.weight"):
+        return plain.shape[0], plain.shape[1]
+    if packed := checkpoint.tensors.get(f"{name}.weight_packed"):
+        return packed.shape[0], packed.shape[1] * 32 // bits
     raise QuantkitError(
         f"{checkpoint.path}: config.json says {name} is quantized; its weight is missing"
     )

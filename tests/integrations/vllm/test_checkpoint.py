@@ -39,7 +39,16 @@ def configure(folder, change) -> None:
     ("recipe", "model_type"), [("int8", "qwen2"), ("fireq", "llama"), ("quest-hadamard", "llama")]
 )
 def test_a_whole_checkpoint_passes(quantized, recipe, model_type):
-    examined = examine(str(quantized(recipe, model_type)))
+    _check_whole(quantized, recipe, model_type)
+
+
+@pytest.mark.parametrize("bits", [3, 6])
+def test_widths_whose_codes_reach_over_words(quantized, bits):
+    _check_whole(quantized, "int4", "llama", f"weights.bits={bits}")
+
+
+def _check_whole(quantized, recipe, model_type, *settings):
+    examined = examine(str(quantized(recipe, model_type, *settings)))
     assert examined.whole
     assert len(examined.info.schemes) == 14
     assert sorted(examined.kv_scales) == ([0, 1] if recipe == "fireq" else [])
