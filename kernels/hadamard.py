@@ -56,10 +56,11 @@ def _triton(x: torch.Tensor, block: int = 128, transpose: bool = False) -> torch
 
 
 def fits_gpu(x: torch.Tensor, block: int) -> bool:
-    """Whether the Triton kernel takes this: powers of two, and half as large orders times 128 and more."""
+    """Whether the Triton kernel takes this: powers of two, and half as large blocks of other orders."""
     order, power = split_order(block) or (1, 1)
-    known = order == 1 or (power % LARGEST_FACTOR == 0 and block <= LARGEST_ROW // 2)
-    return row_fits(x) and known
+    if order > 1 and power < LARGEST_FACTOR:
+        return row_fits(x) and order <= LARGEST_FACTOR
+    return row_fits(x) and block <= (LARGEST_ROW if order == 1 else LARGEST_ROW // 2)
 
 
 def _supports(x: torch.Tensor, block: int = 128, transpose: bool = False) -> bool:

@@ -30,20 +30,19 @@ def round_even(x):
 
 @triton.jit
 def divide(y, scale, INTERPRET: tl.constexpr):
-    """y / scale for one scale, correctly rounded: a reciprocal and one correction (Markstein).
+    """y / scale for few scales, correctly rounded: a reciprocal and one correction (Markstein).
 
-    Division itself would be a third of a row kernel's instructions.
+    Division itself would be a third of a row kernel's instructions. Below 2^-128, whose reciprocal no
+    float32 holds, the quotient is only near.
     """
     if INTERPRET:  # which has no fused multiply-add
         return tl.div_rn(y, tl.zeros_like(y) + scale)
     else:
-        # The reciprocal of a tiny scale would overflow.
-        lift = tl.where(scale < 1e-20, 1.8446744073709552e19, 1.0)
-        scale = scale * lift
-        y = y * lift
-        reciprocal = tl.div_rn(1.0, scale)
+        reciprocal = tl.minimum(tl.div_rn(1.0, scale), 1.7014118346046923e38)
+        # By infinity a number gives zero; the correction would make it NaN.
+        steady = tl.where(scale < float("inf"), scale, 0.0)
         quotient = y * reciprocal
-        return tl.fma(tl.fma(-quotient, scale, y), reciprocal, quotient)
+        return tl.fma(tl.fma(-quotient, steady, y), reciprocal, quotient)
 
 
 @triton.jit

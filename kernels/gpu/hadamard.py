@@ -8,6 +8,8 @@
 
 H_block = H_a (x) H_128, so that two small products do what one of K x K would. The +-1 are exact in
 bf16, and so are their products with 16-bit inputs; what is float32 goes in two or three bf16 parts.
+A block of another order times less than 128 has lines of whole blocks, or of its power of two, with zeros
+behind them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import triton
 import triton.language as tl
 
 from ..dispatch import interpreting
-from ..hadamard_matrices import hadamard_matrix
+from ..hadamard_matrices import hadamard_matrix, split_order
+from ..quantize_fp8 import LARGEST_ROW
 from .build import Build
 from .casts import by_hand, round_to
 from .rows import FORMS, encode, outputs, quantize
@@ -77,20 +80,23 @@ def hadamard_kernel(
     LEVELS,
     FACTOR,
     R: tl.constexpr,
+    STEP: tl.constexpr,
     ACROSS: tl.constexpr,
     PAIR: tl.constexpr,
     FORM: tl.constexpr,
     BY_HAND: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """One row of K, or with PAIR one half (K) of a row of 2 K, which is H_2 (x) H_K: the sum or the
+    """One row of K in R lines of STEP, or with PAIR one half (K) of a row of 2 K, which is H_2 (x) H_K: the sum or the
     difference of its halves, rotated. inner [128, 128] and across [R, R] of +-1 and 0, bf16; NORM is
     1 / sqrt(block)."""
     row = tl.program_id(0).to(tl.int64)
     line = tl.arange(0, R)
     column = tl.arange(0, 128)
-    at = line[:, None] * 128 + column[None, :]
+    at = line[:, None] * STEP + column[None, :]
     inside = at < K
+    if STEP < 128:
+        inside &= column[None, :] < STEP
     dtype: tl.constexpr = x.dtype.element_ty
     matrix = tl.load(inner + column[:, None] * 128 + column[None, :])
     if PAIR:
@@ -120,11 +126,9 @@ def rotate(
 ) -> torch.Tensor:
     """The op `hadamard`, its result in `dtype` (default: x's)."""
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    # Blocks do not know of one another: a row longer than a program holds is several.
-    whole = _whole(x.shape[-1], block)
-    width = x.shape[-1] if whole else min(block, _WIDEST)
     if x.numel():
-        rows = x if whole else x.reshape(-1, block)
+        width = _width(x.shape[-1], block)
+        rows = x if width == x.shape[-1] else x.reshape(-1, max(width, block))
         _launch(rows, width, block, transpose, out, out, _PLAIN, 0.0, 0.0)
     return out
 
@@ -133,7 +137,7 @@ def rotate_and_quantize(
     x: torch.Tensor, block: int, form: str, levels: float, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op `hadamard_quantize`; levels and factor as `rows.quantize` takes them."""
-    if not _whole(x.shape[-1], block):
+    if _width(x.shape[-1], block) != x.shape[-1]:
         return quantize(rotate(x, block, dtype=torch.float32), form, levels, factor)
     codes, scale = outputs(x.shape, form, x.device)
     if x.numel():
@@ -142,9 +146,28 @@ def rotate_and_quantize(
     return codes, scale
 
 
-def _whole(k: int, block: int) -> bool:
-    """Whether a program holds a row of k: the square matrix of wide blocks takes room."""
-    return block <= _WIDTH or k <= _WIDEST
+@lru_cache(maxsize=64)
+def _width(k: int, block: int) -> int:
+    """What of a row of k a program rotates: all of it, some blocks (they do not know of one another), or half of one.
+
+    The square matrix of wide blocks takes room.
+    """
+    step = _step(block)
+    most = LARGEST_ROW // _WIDTH if block <= step else _WIDEST // _WIDTH
+    if block > step * most:
+        return _WIDEST
+    fitting = [
+        n for n in range(1, k // block + 1) if k // block % n == 0 and n * block <= step * most
+    ]
+    return max(fitting) * block
+
+
+def _step(block: int) -> int:
+    """Numbers of a line: 128, or what whole blocks fill of it; the power of two of a wide block of another order."""
+    if block <= _WIDTH:
+        return _WIDTH // block * block
+    _, power = split_order(block) or (1, block)
+    return min(power, _WIDTH)
 
 
 def _launch(
@@ -161,7 +184,8 @@ def _launch(
     """A program for every `width` of x's rows: a row, or half of one block of twice the widest."""
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    lines = _lines(width)
+    step = _step(block)
+    lines = _lines(width, step)
     inner, across = _matrices(min(block, width), transpose, width, lines, x.device)
     hadamard_kernel[(rows.numel() // width,)](
         rows,
@@ -175,6 +199,7 @@ def _launch(
         float(levels),
         float(factor),
         R=lines,
+        STEP=step,
         ACROSS=across is not None,
         PAIR=block > width,
         FORM=form,
@@ -185,8 +210,8 @@ def _launch(
     )
 
 
-def _lines(k: int) -> int:
-    return max(16, triton.next_power_of_2(triton.cdiv(k, _WIDTH)))
+def _lines(k: int, step: int = _WIDTH) -> int:
+    return max(16, triton.next_power_of_2(triton.cdiv(k, step)))
 
 
 def _warps(lines: int) -> int:
@@ -197,18 +222,22 @@ def _warps(lines: int) -> int:
 def _matrices(
     block: int, transpose: bool, k: int, lines: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """bf16 [128, 128] and, for blocks wider than that, [lines, lines]: y = across @ x @ inner."""
-    if block <= _WIDTH:
-        small = torch.eye(_WIDTH // block, device=device)
-        return torch.kron(small, hadamard_matrix(block, device)).bfloat16(), None
-    inner = hadamard_matrix(_WIDTH, device).bfloat16()
+    """bf16 [128, 128] and, for blocks of several lines, [lines, lines]: y = across @ x @ inner."""
+    step = _step(block)
+    inner = torch.zeros(_WIDTH, _WIDTH, device=device)
+    if block <= step:
+        matrix = hadamard_matrix(block, device)
+        matrix = torch.kron(torch.eye(step // block, device=device), matrix)
+        inner[:step, :step] = matrix.t() if transpose else matrix
+        return inner.bfloat16(), None
+    inner[:step, :step] = hadamard_matrix(step, device)
     # A product from the left: H^T where x H is meant.
-    outer = hadamard_matrix(block // _WIDTH, device)
+    outer = hadamard_matrix(block // step, device)
     outer = outer if transpose else outer.t().contiguous()
     across = torch.zeros(lines, lines, device=device)
-    used = k // _WIDTH
+    used = k // step
     across[:used, :used] = torch.kron(torch.eye(k // block, device=device), outer)
-    return inner, across.bfloat16()
+    return inner.bfloat16(), across.bfloat16()
 
 
 def builds() -> Iterator[Build]:
@@ -234,7 +263,7 @@ def builds() -> Iterator[Build]:
                     hadamard_kernel,
                     signature | {"x": "*bf16", "out": "*bf16" if form == _PLAIN else "*u8"},
                     {
-                        "R": lines, "ACROSS": wide, "PAIR": pair, "FORM": form, "BY_HAND": False,
+                        "R": lines, "STEP": 128, "ACROSS": wide, "PAIR": pair, "FORM": form, "BY_HAND": False,
                         "INTERPRET": False,
                     },
                     num_warps=_warps(lines),

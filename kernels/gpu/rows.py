@@ -1,7 +1,8 @@
 """Rows of activations to codes in one pass: quantization alone, after an RMS norm, after a SiLU gate.
 
 One program per row; the row stays in registers between what comes before (norm, gate), the scale and
-the codes, so that every element is read once and written once.
+the codes, so that every element is read once and written once. A row of more than `quantize_fp8.LARGEST_ROW`
+numbers passes in pieces, twice (a norm's three times), of which the later passes read the L2 cache.
 """
 
 from __future__ import annotations
@@ -13,12 +14,30 @@ import triton
 import triton.language as tl
 
 from ..dispatch import interpreting
+from ..quantize_fp8 import LARGEST_ROW
 from .build import Build
 from .casts import by_hand, divide, round_even, round_to, to_e4m3_bits
 
 PLAIN, NORM, GATE = 0, 1, 2
 FLOAT8, INTEGER, HALF_INTEGER = 0, 1, 2
+_PIECE = 8192  # of a longer row
 FORMS = {"fp8": FLOAT8, "int8": INTEGER, "half": HALF_INTEGER}
+
+
+# Four codes to a word. What is added leaves a float's integer, or its floor, in the bits' last byte.
+_PACK = "prmt.b32 a, a, b, 0x0040; prmt.b32 c, c, d, 0x0040; prmt.b32 $0, a, c, 0x5410;"
+_NEAREST: tl.constexpr = tl.constexpr(
+    "{ .reg .b32 a, b, c, d; add.rn.f32 a, $1, 0f4B400000; add.rn.f32 b, $2, 0f4B400000;"
+    f" add.rn.f32 c, $3, 0f4B400000; add.rn.f32 d, $4, 0f4B400000; {_PACK} }}"
+)
+_BELOW: tl.constexpr = tl.constexpr(
+    "{ .reg .b32 a, b, c, d; add.rm.f32 a, $1, 0f4B400000; add.rm.f32 b, $2, 0f4B400000;"
+    f" add.rm.f32 c, $3, 0f4B400000; add.rm.f32 d, $4, 0f4B400000; {_PACK} }}"
+)
+_E4M3: tl.constexpr = tl.constexpr(
+    "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1;"
+    " cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; mov.b32 $0, {a, b}; }"
+)
 
 
 @triton.jit
@@ -26,23 +45,96 @@ def encode(
     y, K, LEVELS, FACTOR, FORM: tl.constexpr, BY_HAND: tl.constexpr, INTERPRET: tl.constexpr
 ):
     """A row of K float32 numbers, of any shape, padded with zeros -> (codes as uint8, scale)."""
+    scale = _scale(_measure(y, FORM), K, LEVELS, FACTOR, FORM)
+    return _codes(y, scale, LEVELS, FORM, BY_HAND, INTERPRET), scale
+
+
+@triton.jit
+def _larger(a, b):
+    """NaN where one is: as the reference's norm has it."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _measure(y, FORM: tl.constexpr):
+    """What a scale is made of: the sum of squares, or the largest magnitude."""
     if FORM == 2:
-        scale = tl.sqrt_rn(tl.sum(y * y, axis=None) / K) * FACTOR
+        return tl.sum(y * y, axis=None)
     else:
-        scale = tl.div_rn(tl.max(tl.abs(y), axis=None), LEVELS)
-        # max passes over NaN; the reference's norm does not.
-        scale = tl.where(tl.max((y != y).to(tl.int32), axis=None) > 0, float("nan"), scale)
+        return tl.reduce(tl.abs(y), None, _larger)
+
+
+@triton.jit
+def _scale(measure, K, LEVELS, FACTOR, FORM: tl.constexpr):
+    if FORM == 2:
+        return tl.sqrt_rn(measure / K) * FACTOR
+    else:
+        return tl.div_rn(measure, LEVELS)
+
+
+@triton.jit
+def _codes(y, scale, LEVELS, FORM: tl.constexpr, BY_HAND: tl.constexpr, INTERPRET: tl.constexpr):
+    """Only half-integer codes need clamping: the others' largest number makes their scale."""
     scaled = divide(y, tl.where(scale > 0, scale, 1.0), INTERPRET)
     if FORM == 0:
-        clamped = tl.where(scaled != scaled, scaled, tl.clamp(scaled, -448.0, 448.0))
-        codes = to_e4m3_bits(clamped, BY_HAND)
+        if BY_HAND:
+            clamped = tl.where(scaled != scaled, scaled, tl.clamp(scaled, -448.0, 448.0))
+            codes = to_e4m3_bits(clamped, BY_HAND)
+        else:
+            codes = tl.inline_asm_elementwise(
+                _E4M3, "=r,f,f,f,f", [scaled], dtype=tl.uint8, is_pure=True, pack=4
+            )
+    elif INTERPRET:
+        if FORM == 1:
+            codes = tl.clamp(round_even(scaled), -LEVELS - 1, LEVELS)
+        else:
+            codes = tl.clamp(tl.floor(scaled), -LEVELS, LEVELS - 1)
+        codes = codes.to(tl.int32).to(tl.int8).to(tl.uint8, bitcast=True)
     elif FORM == 1:
-        codes = tl.clamp(round_even(scaled), -LEVELS - 1, LEVELS)
-        codes = codes.to(tl.int32).to(tl.int8).to(tl.uint8, bitcast=True)
+        codes = tl.inline_asm_elementwise(
+            _NEAREST, "=r,f,f,f,f", [scaled], dtype=tl.uint8, is_pure=True, pack=4
+        )
     else:
-        codes = tl.clamp(tl.floor(scaled), -LEVELS, LEVELS - 1)
-        codes = codes.to(tl.int32).to(tl.int8).to(tl.uint8, bitcast=True)
-    return codes, scale
+        codes = tl.inline_asm_elementwise(
+            _BELOW,
+            "=r,f,f,f,f",
+            [tl.minimum(tl.maximum(scaled, -LEVELS), LEVELS - 0.5)],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+    return codes
+
+
+@triton.jit
+def _summed(
+    x,
+    residual,
+    column,
+    inside,
+    RESIDUAL: tl.constexpr,
+    dtype: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """x, with the residual added in x's type, as float32."""
+    value = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        other = tl.load(residual + column, mask=inside, other=0.0)
+        value = round_to(value + other.to(tl.float32), dtype, INTERPRET)
+    return value
+
+
+@triton.jit
+def _normed(value, rms, weight, column, inside, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    return round_to(factor * round_to(value * rms, dtype, INTERPRET), dtype, INTERPRET)
+
+
+@triton.jit
+def _gated(value, x, column, inside, K, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    up = tl.load(x + K + column, mask=inside, other=0.0).to(tl.float32)
+    gate = round_to(value / (1.0 + tl.exp(-value)), dtype, INTERPRET)
+    return round_to(gate * up, dtype, INTERPRET)
 
 
 @triton.jit
@@ -70,24 +162,85 @@ def rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < K
-    at = row * x_stride + column
     dtype: tl.constexpr = x.dtype.element_ty
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    x += row * x_stride
+    residual += row * residual_stride
+    value = _summed(x, residual, column, inside, RESIDUAL, dtype, INTERPRET)
     if BEFORE == 1:
         if RESIDUAL:
-            other = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0)
-            value = round_to(value + other.to(tl.float32), dtype, INTERPRET)
             tl.store(hidden_out + row * K + column, value.to(dtype), mask=inside)
         rms = tl.rsqrt(tl.sum(value * value, axis=None) / K + EPS)
-        factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-        value = round_to(factor * round_to(value * rms, dtype, INTERPRET), dtype, INTERPRET)
+        value = _normed(value, rms, weight, column, inside, dtype, INTERPRET)
         tl.store(y_out + row * K + column, value.to(dtype), mask=inside)
     elif BEFORE == 2:
-        up = tl.load(x + at + K, mask=inside, other=0.0).to(tl.float32)
-        gate = round_to(value / (1.0 + tl.exp(-value)), dtype, INTERPRET)
-        value = round_to(gate * up, dtype, INTERPRET)
+        value = _gated(value, x, column, inside, K, dtype, INTERPRET)
     encoded, scale = encode(value, K, LEVELS, FACTOR, FORM, BY_HAND, INTERPRET)
     tl.store(codes + row * K + column, encoded, mask=inside)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def long_rows_kernel(
+    x,
+    weight,
+    residual,
+    y_out,
+    hidden_out,
+    codes,
+    scales,
+    K,
+    x_stride,
+    residual_stride,
+    EPS,
+    LEVELS,
+    FACTOR,
+    BEFORE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BY_HAND: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """`rows_kernel` in pieces of BLOCK."""
+    row = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = x.dtype.element_ty
+    x += row * x_stride
+    residual += row * residual_stride
+    y_out += row * K
+    hidden_out += row * K
+    rms = 1.0
+    if BEFORE == 1:
+        squares = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, K, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            value = _summed(x, residual, column, column < K, RESIDUAL, dtype, INTERPRET)
+            squares += value * value
+        rms = tl.rsqrt(tl.sum(squares, axis=None) / K + EPS)
+    measure = 0.0
+    for start in range(0, K, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < K
+        value = _summed(x, residual, column, inside, RESIDUAL, dtype, INTERPRET)
+        if BEFORE == 1:
+            if RESIDUAL:
+                tl.store(hidden_out + column, value.to(dtype), mask=inside)
+            value = _normed(value, rms, weight, column, inside, dtype, INTERPRET)
+            tl.store(y_out + column, value.to(dtype), mask=inside)
+        elif BEFORE == 2:
+            value = _gated(value, x, column, inside, K, dtype, INTERPRET)
+        part = _measure(value, FORM)
+        measure = measure + part if FORM == 2 else _larger(measure, part)
+    scale = _scale(measure, K, LEVELS, FACTOR, FORM)
+    for start in range(0, K, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < K
+        value = _summed(x, residual, column, inside, RESIDUAL, dtype, INTERPRET)
+        if BEFORE == 1:
+            value = _normed(value, rms, weight, column, inside, dtype, INTERPRET)
+        elif BEFORE == 2:
+            value = _gated(value, x, column, inside, K, dtype, INTERPRET)
+        encoded = _codes(value, scale, LEVELS, FORM, BY_HAND, INTERPRET)
+        tl.store(codes + row * K + column, encoded, mask=inside)
     tl.store(scales + row, scale)
 
 
@@ -165,8 +318,9 @@ def _launch(
     if not rows.shape[0]:
         return
     other = rows if residual is None else _rows(residual)
-    block = triton.next_power_of_2(k)
-    rows_kernel[(rows.shape[0],)](
+    block = triton.next_power_of_2(k) if k <= LARGEST_ROW else _PIECE
+    kernel = rows_kernel if k <= LARGEST_ROW else long_rows_kernel
+    kernel[(rows.shape[0],)](
         rows,
         rows if weight is None else weight.contiguous(),
         other,
@@ -207,8 +361,10 @@ def builds() -> Iterator[Build]:
     """Every prologue and form at the row sizes of an 8B model."""
     for before, name in ((PLAIN, "quantize"), (NORM, "rmsnorm"), (GATE, "silu_mul")):
         for form, code in FORMS.items():
-            for k in (4096, 14336):
-                block = triton.next_power_of_2(k)
+            for k in (4096, 14336, 53248):
+                long = k > LARGEST_ROW
+                block = _PIECE if long else triton.next_power_of_2(k)
+                piece = block if long else k
                 signature = dict.fromkeys(_POINTERS, "*bf16") | {
                     "codes": "*u8", "scales": "*fp32", "K": "i32",
                     "x_stride": "i64", "residual_stride": "i64",
@@ -217,7 +373,7 @@ def builds() -> Iterator[Build]:
                 for by_hand_, capabilities in ((True, (80,)), (False, (89, 90, 100))):
                     yield Build(
                         f"rows[{name}, {form}, K{k}]",
-                        rows_kernel,
+                        long_rows_kernel if long else rows_kernel,
                         signature,
                         {
                             "BEFORE": before,
@@ -231,5 +387,5 @@ def builds() -> Iterator[Build]:
                         num_stages=1,
                         divisible=(*_POINTERS, "codes", "K", "x_stride", "residual_stride"),
                         capabilities=capabilities,
-                        tile={"elements": k, "bytes": k * _BYTES[before]},
+                        tile={"elements": piece, "bytes": piece * _BYTES[before]},
                     )

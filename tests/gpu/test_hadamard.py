@@ -22,6 +22,12 @@ CASES = [
     ((1, 14336), 128),
     ((2, 24576), 8192),
     ((2, 32768), 32768),
+    # Orders times less than 128, within a line and over several; rows longer than a program.
+    ((3, 24), 12),
+    ((2, 5, 240), 80),
+    ((1, 1920), 192),
+    ((2, 1792), 1792),
+    ((1, 53248), 128),
 ]
 
 
@@ -32,7 +38,7 @@ def test_rotation(shape, block: int, dtype, device, relative_error) -> None:
     assert relative_error(hadamard(x, block), hadamard.reference(x.float(), block)) < BOUND[dtype]
 
 
-@pytest.mark.parametrize("block", [512, 1536])
+@pytest.mark.parametrize("block", [512, 1536, 28, 1792])
 def test_the_transpose_is_the_inverse(block: int, device, relative_error) -> None:
     x = torch.randn(2, 2 * block, device=device)
     assert relative_error(hadamard(hadamard(x, block), block, transpose=True), x) < 4e-6
@@ -58,4 +64,4 @@ def test_strided_rows(device, relative_error) -> None:
 
 def test_what_the_kernel_cannot_take_is_said(device) -> None:
     with pytest.raises(ValueError, match="does not support these shapes"):
-        hadamard(torch.randn(1, 24, device=device), 12)
+        hadamard(torch.randn(1, 65536, device=device), 65536)

@@ -11,7 +11,7 @@ from quantkit.kernels.rmsnorm_quantize import rmsnorm_quantize
 from quantkit.kernels.silu_mul_quantize import silu_mul_quantize
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-SHAPES = [(1, 1), (3, 5), (2, 3, 96), (7, 1000), (0, 64), (2, 4096)]
+SHAPES = [(1, 1), (3, 5), (2, 3, 96), (7, 1000), (0, 64), (2, 4096), (2, 40000)]
 FORMS = [("fp8", 8), ("int8", 8), ("int8", 4), ("half", 8), ("half", 4), ("half", 1)]
 
 
@@ -81,7 +81,7 @@ def test_strided_rows(device) -> None:
 @pytest.mark.parametrize(("form", "bits"), FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rmsnorm_quantize(dtype, form: str, bits: int, residual: bool, device) -> None:
-    for shape in ((3, 1, 96), (2, 1000), (0, 8)):
+    for shape in ((3, 1, 96), (2, 1000), (0, 8), (1, 33000)):
         x = _x(shape, dtype, device)
         weight = torch.rand(shape[-1], device=device).to(dtype) + 0.5
         other = _x(shape, dtype, device) if residual else None
@@ -98,7 +98,7 @@ def test_rmsnorm_quantize(dtype, form: str, bits: int, residual: bool, device) -
 @pytest.mark.parametrize(("form", "bits"), FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_mul_quantize(dtype, form: str, bits: int, device, relative_error) -> None:
-    for shape in ((2, 3, 192), (1, 2000), (0, 16)):
+    for shape in ((2, 3, 192), (1, 2000), (0, 16), (1, 66000)):
         gate_up = _x(shape, dtype, device)
         codes, scale = silu_mul_quantize(gate_up, form, bits)
         want_codes, want_scale = silu_mul_quantize.reference(gate_up, form, bits)
