@@ -18,6 +18,7 @@ import torch
 
 from quantkit.calibration.data import BUNDLED_CALIBRATION
 from quantkit.errors import InternalError, QuantkitError
+from quantkit.formats.bits import unpack
 from quantkit.formats.checkpoint import Checkpoint, read_json
 from quantkit.formats.config import (
     QuantizationInfo,
@@ -27,7 +28,6 @@ from quantkit.formats.config import (
 )
 from quantkit.formats.scheme import ActivationFormat, Scheme, WeightFormat
 from quantkit.formats.writer import OutputFolder, write_json
-from quantkit.kernels.packing import unpack_int4
 from quantkit.methods.hadamard import rotate
 from quantkit.methods.rounding import Grid, dequantize
 from quantkit.models.names import find_model
@@ -154,8 +154,10 @@ def export(
 def dequantized(checkpoint: Checkpoint, name: str, scheme: Scheme) -> torch.Tensor:
     """The weight that a packed linear stands for, without online rotation: float32 [N, K]."""
     scale = checkpoint.load(f"{name}.weight_scale").float()
-    if scheme.weights.bits == 4:
-        codes = unpack_int4(checkpoint.load(f"{name}.weight_packed"))
+    if scheme.packs:
+        _, columns = checkpoint.load(f"{name}.weight_shape").tolist()
+        packed = checkpoint.load(f"{name}.weight_packed")
+        codes = unpack(packed, scheme.weights.bits, columns)
     else:
         codes = checkpoint.load(f"{name}.weight")
     weight = dequantize(codes, scale, Grid(scheme.weights.bits, scheme.weights.half))

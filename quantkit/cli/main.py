@@ -21,6 +21,7 @@ from quantkit.cli import (
     generate,
     inspect,
     plan,
+    push,
     quantize,
     recipes,
     serve,
@@ -43,6 +44,7 @@ app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("serve")(serve.command)
 app.command("export")(export.command)
+app.command("push")(push.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("recipes")(recipes.command)

@@ -16,6 +16,7 @@ from quantkit.cli.output import (
     progress_bar,
     size,
 )
+from quantkit.cli.push import tell
 from quantkit.errors import QuantkitError
 
 
@@ -57,15 +58,21 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output of quantkit.")
     ] = False,
+    push: Annotated[
+        str | None, typer.Option(help="Upload the result to ORG/NAME on the hub.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a checkpoint into a packed one."""
+    from quantkit import hub
     from quantkit.calibration.data import BUNDLED_CALIBRATION
     from quantkit.models.names import BUNDLED
     from quantkit.pipeline import quantize
     from quantkit.recipe import Recipe
 
     resolved = Recipe.load(recipe, sets)
+    if push is not None:
+        hub.check_target(push, overwrite=overwrite)
     if model == BUNDLED:
         note(
             "llama: the small Llama that comes with quantkit; name a folder or a hub id to quantize another"
@@ -90,6 +97,8 @@ def command(
             widths=_widths(widths),
             progress=progress,
         )
+    if push is not None:
+        report["pushed"] = hub.push(report["output"], push, overwrite=overwrite)
     if as_json:
         print_json(report)
         return
@@ -152,4 +161,6 @@ def _print(report: dict[str, Any]) -> None:
             markup=False,
         )
     print_servers(report["servers"])
+    if "pushed" in report:
+        tell(report["pushed"])
     out.print(f"next: quantkit eval {report['output']} --ppl sample")
