@@ -130,3 +130,13 @@ class TestTheServer:
         assert "pinned" in refused.value.response.text
         with urllib.request.urlopen(f"{address}/models") as answer:
             assert answer.status == 200
+
+    def test_the_example_streams(self, model: Path, address: str, capsys):
+        path = Path(__file__).parents[2] / "examples" / "openai_client.py"
+        spec = importlib.util.spec_from_file_location("example_client", path)
+        assert spec is not None
+        assert spec.loader is not None
+        example = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(example)
+        example.main(str(model), "In the beginning", address=address, tokens=8)
+        assert capsys.readouterr().out.strip()
