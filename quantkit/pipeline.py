@@ -399,7 +399,8 @@ def _finish(
         }
         quantization = build_quantization_config(
             {in_file(name): scheme for name, scheme in plan.schemes.items()},
-            [in_file(name) for name in plan.unquantized_linears],
+            # Under both names: vLLM knows the files', transformers its own.
+            list({n: 0 for m in plan.unquantized_linears for n in (m, in_file(m))}),
             plan.recipe.kv_format(),
             meta,
         )

@@ -65,9 +65,16 @@ def who_serves(schemes: dict[str, Scheme], kv_cache: KVFormat | None) -> dict[st
     """Server -> what it does with a checkpoint of these schemes: one of the words above, and what goes with it."""
     found = {"quantkit": "all of it"}
     for server, stock in zip(SERVERS, _STOCK[_kind(schemes)], strict=True):
+        if server == TRANSFORMERS and stock == NATIVE and _has_byte_experts(schemes):
+            stock = REFUSED
         how = _with_quantkit(server, stock, schemes, kv_cache)
         found[server] = _words(server, how, stock, kv_cache)
     return found
+
+
+def _has_byte_experts(schemes: dict[str, Scheme]) -> bool:
+    """transformers 5.23 stacks experts from packed and from FP8 files, not from INT8 ones."""
+    return any(".experts." in name and not s.packs for name, s in schemes.items())
 
 
 def _with_quantkit(

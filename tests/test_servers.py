@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.formats.scheme import ActivationFormat, Scheme, WeightFormat
 from quantkit.plan import make_plan
 from quantkit.recipe import Recipe, recipe_names
-from quantkit.servers import SERVERS
+from quantkit.servers import SERVERS, who_serves
 
 PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
 
@@ -34,3 +35,12 @@ def test_the_page_says_what_plan_says(row: str, tiny):
     recipe = Recipe.load(name.strip("`"), [setting.strip("`")] if setting else None)
     servers = make_plan(str(tiny()), recipe).servers
     assert [servers[s].partition(":")[0].partition(";")[0] for s in SERVERS] == table()[row]
+
+
+def test_transformers_stacks_no_experts_of_bytes():
+    plain, packed = (
+        Scheme(WeightFormat(8, None), ActivationFormat(8)), Scheme(WeightFormat(4, 128))
+    )  # fmt: skip
+    name = "model.layers.0.mlp.experts.0.up_proj"
+    assert who_serves({name: plain}, None)["transformers"].startswith("plugin")
+    assert who_serves({name: packed}, None)["transformers"] == "native"

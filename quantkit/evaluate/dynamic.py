@@ -11,7 +11,7 @@ from torch import nn
 
 from quantkit.methods.crossquant import fake_quantize_dynamic
 from quantkit.methods.rounding import Grid, absmax_scale, dequantize, quantize
-from quantkit.models.structure import find_structure
+from quantkit.models.structure import build_skeleton, find_structure
 
 
 @contextmanager
@@ -32,7 +32,8 @@ def dynamic_crossquant(
     """
     grid = Grid(weight_bits)
     handles, originals = [], []
-    for name, _ in find_structure(model, "model").modules():
+    skeleton = build_skeleton(model.config, "model")
+    for name, _ in find_structure(skeleton, "model").modules():
         linear = model.get_submodule(name)
         originals.append((linear, linear.weight))
         weight = linear.weight.float()

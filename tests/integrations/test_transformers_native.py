@@ -86,3 +86,13 @@ def test_an_online_rotation_is_written_as_compressed_tensors_reads_it(quantized)
     transform = TransformFactory.from_scheme(scheme, name=name).create_transform(linear, online)
     x = torch.randn(3, 384)
     assert torch.allclose(transform(x), hadamard(x, 128), atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3-moe", "gpt-neox"])
+def test_experts_and_other_names_than_the_files(quantized, variant: str):
+    """transformers stacks the experts that lie apart in our files, and does not take the output layer for quantized."""
+    from transformers import AutoModelForCausalLM
+
+    folder = quantized("int4", variant)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert float((logits(load(folder, dtype=torch.float32)) - logits(theirs)).abs().mean()) < 0.01
