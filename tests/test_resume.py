@@ -40,7 +40,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, layers: int, *, saved: bool = Tr
     monkeypatch.setattr(RunState, "save", save)
 
 
-@pytest.mark.parametrize("recipe", ["int4", "fireq"])
+@pytest.mark.parametrize("recipe", ["int4", "fireq", "quest-hadamard"])
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_killed_run_goes_on(tiny, text, tmp_path: Path, monkeypatch, quantized, recipe, saved):
     def once(out: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_killed_run_goes_on(tiny, text, tmp_path: Path, monkeypatch, quantized
     once(tmp_path / "whole")
     out = tmp_path / "killed"
     with monkeypatch.context() as patched:
-        kill_after(patched, 2 if saved else 1 + (recipe == "fireq"), saved=saved)
+        kill_after(patched, 2 if saved else 1 + (recipe != "int4"), saved=saved)
         with pytest.raises(Killed):
             once(out)
     assert not (out / "config.json").exists()
@@ -60,7 +60,7 @@ def test_a_killed_run_goes_on(tiny, text, tmp_path: Path, monkeypatch, quantized
     real = getattr(pipeline, name)
     monkeypatch.setattr(pipeline, name, lambda *arguments: done.append(1) or real(*arguments))
     once(out)
-    assert len(done) == (0 if saved else 2 - (recipe == "fireq"))
+    assert len(done) == (0 if saved else 2 - (recipe != "int4"))
     assert contents(out) == contents(tmp_path / "whole")
 
 

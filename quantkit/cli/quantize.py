@@ -77,7 +77,7 @@ def command(
         note(
             "llama: the small Llama that comes with quantkit; name a folder or a hub id to quantize another"
         )
-    elif calib is None and resolved.needs_calibration:
+    elif calib is None and (resolved.needs_calibration or target_bits or target_size):
         note(
             "calibrating on the bundled King James text; --calib wikitext, or a file, suits other models better"
         )
