@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that are not there, and say what came out.
 
-    python benchmarks/compiled_kernels.py [--only REGEX] [--capability 90] [--output FILE.json]
+    python benchmarks/compiled_kernels.py [--only REGEX] [--capability 90] [--output FILE.json [--update]]
 
 For each kernel in each configuration that ships: registers, spills, shared memory, tensor-core
 instructions, instructions for each element, and the time that these take at one instruction a cycle and
@@ -79,6 +79,19 @@ def measure(task: tuple[int, int]) -> dict[str, Any]:
     }
 
 
+def merged(path: str, version: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a file of the same Triton, with new ones in their places; of kernels that still ship."""
+    from quantkit.kernels.gpu.build import shipped
+
+    with open(path, encoding="utf-8") as file:
+        kept = json.load(file)
+    if kept["triton"] != version:
+        raise SystemExit(f"{path} was made with Triton {kept['triton']}, this is {version}")
+    found = {(row["kernel"], row["capability"]): row for row in (*kept["rows"], *rows)}
+    wanted = ((build.name, capability) for build in shipped() for capability in build.capabilities)
+    return [found[key] for key in wanted if key in found]
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     head = (
         "kernel",
@@ -116,6 +129,9 @@ def main() -> int:
     )
     parser.add_argument("--capability", type=int, choices=sorted(GPUS), help="only this one")
     parser.add_argument("--output", help="a JSON file")
+    parser.add_argument(
+        "--update", action="store_true", help="keep the rows there of kernels not compiled now"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     import triton
@@ -138,6 +154,8 @@ def main() -> int:
     for row in bad:
         print(f"{row['kernel']} for {row['capability']}: {'; '.join(row['problems'])}")
     print(f"{len(rows)} compiled, {len(bad)} with problems")
+    if arguments.output and arguments.update:
+        rows = merged(arguments.output, triton.__version__, rows)
     if arguments.output:
         with open(arguments.output, "w", encoding="utf-8") as file:
             json.dump({"triton": triton.__version__, "rows": rows}, file, indent=1)

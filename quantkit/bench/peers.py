@@ -48,9 +48,16 @@ def _made(
 
 
 def _torchao_int4(x: torch.Tensor, weights: list[torch.Tensor]) -> Run:
+    """torch's own INT4 products, which torchao's other formats replace by packages of their own."""
+    if x.device.type == "cpu":
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+        config = PrototypeInt4WeightOnlyConfig(group_size=128, set_inductor_config=False)
+        return _torchao(x, weights, config)
     from torchao.quantization import Int4WeightOnlyConfig
 
-    return _torchao(x, weights, Int4WeightOnlyConfig(group_size=128))
+    config = Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
+    return _torchao(x, weights, config)
 
 
 def _torchao_int8(x: torch.Tensor, weights: list[torch.Tensor]) -> Run:

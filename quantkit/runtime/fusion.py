@@ -16,9 +16,12 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from quantkit.formats.scheme import ActivationFormat
+from quantkit.kernels.dispatch import runs_triton
+from quantkit.kernels.int4_fp8_linear import int4_fp8_linear
+from quantkit.kernels.int4_int8_linear import int4_int8_linear
 from quantkit.kernels.rmsnorm_quantize import rmsnorm_quantize
 from quantkit.kernels.silu_mul_quantize import silu_mul_quantize
-from quantkit.runtime.activations import Quantized, form_name
+from quantkit.runtime.activations import Quantized, form_name, quantize_activation
 from quantkit.runtime.attention import PackedAttention
 from quantkit.runtime.cache import PackedLayer
 from quantkit.runtime.linear import QuantLinear, stack
@@ -28,6 +31,8 @@ _READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
+_GATED = (int4_fp8_linear, int4_int8_linear)
+_GATED_ROWS = 128
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -91,6 +96,22 @@ class SharedLinear(nn.Module):
             return self.linear.product(carried[1], x.dtype)
         return self.linear(x)
 
+    def gated(self, x: torch.Tensor) -> torch.Tensor | None:
+        """silu(first half) * second half of the outputs, by the product itself; None where that does not pay.
+
+        It does on a GPU from so many rows on that the outputs' way through memory counts, which this
+        halves; with fewer a pass of its own quantizes what it gates.
+        """
+        form, rows = self.linear.input_form, x.numel() // max(1, x.shape[-1])
+        if rows < _GATED_ROWS or form is None or self.linear.op not in _GATED:
+            return None
+        if not runs_triton(x.device):
+            return None
+        carried, self._state.carried = self._state.carried, None
+        if carried is not None and carried[0] is x:
+            return self.linear.product(carried[1], x.dtype, gate=True)
+        return self.linear.product(Quantized(*quantize_activation(x, form)), x.dtype, gate=True)
+
     def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """The outputs of one sibling, [..., out_features]; computed with all others' at the first call."""
         # One read of the attribute: another thread may be in the same layer.
@@ -116,6 +137,9 @@ class GatedMLP(nn.Module):
         self.act_fn = mlp.act_fn
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.gate_up_proj.gated(x) if _is_silu(self.act_fn) else None
+        if hidden is not None:
+            return self.down_proj(hidden)
         gate_up = self.gate_up_proj(x)
         form = self.down_proj.input_form
         if form is not None and _is_silu(self.act_fn):

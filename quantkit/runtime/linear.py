@@ -110,10 +110,15 @@ class QuantLinear(nn.Module):
         rotated = self.scheme.weights.half or self.scheme.rotation is not None
         return None if rotated or self.op is wide_linear else self.scheme.activations
 
-    def product(self, x: Quantized, dtype: torch.dtype) -> torch.Tensor:
-        """The layer's output in `dtype` for an input that is quantized already."""
+    def product(self, x: Quantized, dtype: torch.dtype, gate: bool = False) -> torch.Tensor:
+        """The layer's output in `dtype` for an input that is quantized already.
+
+        Args:
+            gate: silu(first half) * second half of the outputs, for the ops that know it.
+        """
         output: torch.Tensor = self.op(
-            x.codes, x.scale, self.packed, self.weight_scale, self.bias, dtype
+            *(x.codes, x.scale, self.packed, self.weight_scale, self.bias, dtype),
+            **({"gate": True} if gate else {}),
         )
         return output
 
