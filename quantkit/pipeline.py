@@ -24,6 +24,7 @@ from quantkit.calibration.data import BUNDLED_CALIBRATION, CalibrationSet, calib
 from quantkit.calibration.stream import LayerStream, observe
 from quantkit.device import find_device
 from quantkit.errors import InternalError, QuantkitError
+from quantkit.estimate import check_disk, choose_offload
 from quantkit.formats.config import build_quantization_config
 from quantkit.formats.packed import packed_tensors
 from quantkit.formats.writer import OutputFolder, save_tensors, write_json
@@ -62,6 +63,8 @@ def quantize(
     target_bits: float | None = None,
     target_size: str | int | None = None,
     widths: list[int] | None = None,
+    offload: bool | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Quantize a checkpoint into a folder that quantkit, and where the scheme allows transformers, vLLM and SGLang, load.
@@ -80,6 +83,8 @@ def quantize(
             most so many bits per weight, scales included; the rules found lie in quantkit/recipe.yaml.
         target_size: the same for the bytes of the whole checkpoint: a number, or as `3GB`.
         widths: the bits to choose from; all that there are if left out.
+        offload: keep activations in files; left out: where memory has no room for them.
+        trust_remote_code: run Python code that comes with the checkpoint, where its model type needs it.
         progress: called with (layers done, layers, what is being done).
 
     Returns:
@@ -98,7 +103,9 @@ def quantize(
             raise QuantkitError(
                 f"--{name} {value}: at least {1 if name == 'samples' else 2} is needed"
             )
-    plan = make_plan(model, recipe, samples=samples, seqlen=seqlen)
+    plan = make_plan(
+        model, recipe, samples=samples, seqlen=seqlen, trust_remote_code=trust_remote_code
+    )
     if seqlen is not None and seqlen > plan.structure.max_positions:
         raise QuantkitError(
             f"--seqlen {seqlen}: the model was made for at most {plan.structure.max_positions} tokens"
@@ -110,16 +117,19 @@ def quantize(
         choice = widths_for(recipe, widths)
         check_target(plan, target, choice)
         few = min(SAMPLES, samples or recipe.calibration.samples)
-        text = _calibration(plan, calib, few, seqlen, seed)
+        text = _calibration(plan, calib, few, seqlen, seed, trust_remote_code)
         recipe, allocation = allocate(plan, target, text, choice, where, tell)
         # Measuring has used the skeleton up.
-        plan = make_plan(model, recipe, samples=samples, seqlen=seqlen)
+        plan = make_plan(
+            model, recipe, samples=samples, seqlen=seqlen, trust_remote_code=trust_remote_code
+        )
+    on_disk = choose_offload(plan.estimate, offload, where)
     path = Path(output) if output is not None else default_output(model, recipe)
 
     def calibration() -> CalibrationSet | None:
         if not recipe.needs_calibration:
             return None
-        return _calibration(plan, calib, samples, seqlen, seed)
+        return _calibration(plan, calib, samples, seqlen, seed, trust_remote_code)
 
     if not overwrite and (earlier := finished_report(path)) is not None:
         run = describe_run(plan, calibration(), seed, where, 1)
@@ -128,12 +138,12 @@ def quantize(
     with OutputFolder(
         path, overwrite=overwrite, tensors=3 * len(plan.checkpoint.tensors)
     ) as folder:
-        _check_disk(path, plan.total_bytes[1])
+        check_disk(path, plan.estimate.disk_bytes)
         data = calibration()
         run = describe_run(plan, data, seed, where, 1)
         folder.file_name = plan.checkpoint.file_name
         state = RunState(folder, folder.begin(run))
-        _quantize_layers(plan, data, where, seed, folder, state, tell)
+        _quantize_layers(plan, data, where, seed, folder, state, on_disk, tell)
         total = plan.structure.num_layers
         if not state.copied:
             tell(total, total, "writing")
@@ -146,7 +156,7 @@ def quantize(
         report["run"] = digest(run)
         if allocation is not None:
             report["allocation"] = allocation | {"recipe_file": RECIPE_FILE}
-        _finish(plan, folder, data, state, report)
+        _finish(plan, folder, data, state, report, trust_remote_code)
     return report | {"output": str(path)}
 
 
@@ -157,13 +167,14 @@ def _quantize_layers(
     seed: int,
     folder: OutputFolder,
     state: RunState,
+    offload: bool,
     tell: Progress,
 ) -> None:
     """All decoder layers that are not finished yet."""
     total = plan.structure.num_layers
     if state.done == total:
         return
-    store, plainly = Activations(folder.work), rounds_plainly(plan)
+    store, plainly = Activations(folder.work, offload=offload), rounds_plainly(plan)
     with state.stage("embed"):
         stream = LayerStream(
             plan.checkpoint,
@@ -193,31 +204,38 @@ def _quantize_layers(
         state.save(stream.chains(), store)
 
 
-def _check_disk(path: Path, need: int) -> None:
-    free = shutil.disk_usage(path).free
-    if free < need:
-        raise QuantkitError(
-            f"{path}: {need / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; choose another folder with -o"
-        )
-
-
 def _calibration(
-    plan: Plan, calib: str, samples: int | None, seqlen: int | None, seed: int
+    plan: Plan,
+    calib: str,
+    samples: int | None,
+    seqlen: int | None,
+    seed: int,
+    trust_remote_code: bool,
 ) -> CalibrationSet:
     settings = plan.recipe.calibration
     length = seqlen or min(settings.seqlen, plan.structure.max_positions)
-    return calibration_blocks(
-        load_tokenizer(plan.checkpoint.path), calib, samples or settings.samples, length, seed
-    )
+    tokenizer = load_tokenizer(plan.checkpoint.path, trust_remote_code=trust_remote_code)
+    return calibration_blocks(tokenizer, calib, samples or settings.samples, length, seed)
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint folder; QuantkitError if there is none that can be read."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
+        # False and not None: for None transformers asks on the terminal.
+        return AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # transformers raises many kinds for a missing or broken tokenizer; a panic of tokenizers' is no Exception
+    except BaseException as error:
+        if "trust_remote_code" in str(error):
+            raise QuantkitError(
+                f"{path}: its tokenizer needs Python code that comes with the checkpoint (auto_map); "
+                "read it, and if you trust it use --trust-remote-code"
+            ) from None
         reason = " ".join(str(error).split())[:160]
         raise QuantkitError(f"{path}: no usable tokenizer in it ({reason})") from None
 
@@ -365,6 +383,7 @@ def _finish(
     data: CalibrationSet | None,
     state: RunState,
     report: dict[str, Any],
+    trust_remote_code: bool,
 ) -> None:
     """Side files, config.json, verification, the report, and the move into place."""
     scales = state.scales
@@ -372,14 +391,18 @@ def _finish(
     if scales:
         side[KV_FILE] = partial(save_tensors, scales)
     for file in plan.checkpoint.path.iterdir():
-        if _belongs(file):
+        if _belongs(file) or (trust_remote_code and file.suffix == ".py"):
             side[file.name] = partial(shutil.copyfile, file)
 
     def check(output: Path) -> None:
         from quantkit.verify import verify
 
         with state.stage("verify"):
-            problems = verify(output, against=str(plan.checkpoint.path)).problems
+            problems = verify(
+                output,
+                against=str(plan.checkpoint.path),
+                trust_remote_code=trust_remote_code,
+            ).problems
         if problems:
             raise InternalError(f"{folder.path}: the output does not verify: {problems[0]}")
         report["seconds"] = round(state.elapsed, 2)

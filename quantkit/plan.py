@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError
+from quantkit.estimate import Estimate, estimate
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.scheme import Scheme
 from quantkit.models.files import ModelCheckpoint
 from quantkit.models.names import find_model
 from quantkit.models.rotating import ResidualBasis, check_values, residual_basis
+from quantkit.models.sizes import check_sizes
 from quantkit.models.structure import Structure, build_skeleton, find_structure, load_config
 from quantkit.recipe import Recipe
 from quantkit.servers import who_serves
@@ -26,9 +28,9 @@ class Plan:
         unquantized_linears: linears that stay as they are.
         linear_bytes: bytes of the quantized linears' weights, before and after.
         total_bytes: bytes of the whole checkpoint, before and after.
-        peak_bytes: estimated peak of host memory that the layer stream needs.
+        estimate: memory, disk and time.
         servers: server -> what it does with the result.
-        tensor_parallel: size -> whether groups and heads stay whole.
+        whole: tensor-parallel size -> what would be cut, or nothing if groups and heads stay whole.
         notes: transforms of the recipe that this structure cannot take, and why.
         basis: what the residual stream is turned into, or None.
     """
@@ -41,11 +43,26 @@ class Plan:
     unquantized_linears: list[str]
     linear_bytes: tuple[int, int]
     total_bytes: tuple[int, int]
-    peak_bytes: int
+    estimate: Estimate
     servers: dict[str, str]
-    tensor_parallel: dict[int, bool]
+    whole: dict[int, str]
     notes: list[str]
     basis: ResidualBasis | None = None
+
+    @property
+    def tensor_parallel(self) -> dict[int, bool]:
+        """Size -> whether every rank gets whole groups and heads."""
+        return {parts: not why for parts, why in self.whole.items()}
+
+    def module_bytes(self) -> dict[str, dict[str, Any]]:
+        """Module -> its scheme, and the bytes of its weight before and after."""
+        found = {}
+        for name, scheme in self.schemes.items():
+            info = self.checkpoint.tensors[f"{name}.weight"]
+            found[name] = {
+                "scheme": str(scheme), "before": info.bytes, "after": scheme.packed_bytes(*info.shape)
+            }  # fmt: skip
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -55,17 +72,27 @@ class Plan:
             "kept": self.unquantized_linears,
             "linear_bytes": dict(zip(("before", "after"), self.linear_bytes)),
             "total_bytes": dict(zip(("before", "after"), self.total_bytes)),
-            "peak_bytes": self.peak_bytes,
+            "module_bytes": self.module_bytes(),
+            "estimate": self.estimate.to_dict(),
             "servers": self.servers,
             "tensor_parallel": self.tensor_parallel,
             "notes": self.notes,
+            "tensor_parallel_cuts": {n: why for n, why in self.whole.items() if why},
         }
 
 
 def make_plan(
-    model: str, recipe: Recipe, *, samples: int | None = None, seqlen: int | None = None
+    model: str,
+    recipe: Recipe,
+    *,
+    samples: int | None = None,
+    seqlen: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Read a model's headers and decide what happens to each module.
+
+    Args:
+        trust_remote_code: run Python code that comes with the checkpoint, where its model type needs it.
 
     Raises:
         QuantkitError: the model or the recipe is bad, or they do not fit each other.
@@ -76,7 +103,8 @@ def make_plan(
     from quantkit.runtime.attention import NAME, register
 
     register()
-    config = load_config(source.config, model)
+    check_sizes(source.config, source)
+    config = load_config(source.config, model, code=source.path if trust_remote_code else None)
     skeleton = build_skeleton(config, model, attention=NAME)
     checkpoint = ModelCheckpoint(source, skeleton)
     structure = find_structure(skeleton, model)
@@ -99,6 +127,10 @@ def make_plan(
     basis = find_basis(skeleton, structure, recipe, model)
     # A tied head gets weights of its own: the final norm goes into it.
     untied = checkpoint.tensors[f"{basis.embedding}.weight"].bytes if basis and basis.tied else 0
+    total_bytes = (
+        checkpoint.bytes,
+        checkpoint.bytes - linear_bytes[0] + linear_bytes[1] + untied,
+    )
     return Plan(
         checkpoint=checkpoint,
         skeleton=skeleton,
@@ -107,19 +139,18 @@ def make_plan(
         schemes=schemes,
         unquantized_linears=[name for name in linears if name not in schemes],
         linear_bytes=linear_bytes,
-        total_bytes=(
-            checkpoint.bytes,
-            checkpoint.bytes - linear_bytes[0] + linear_bytes[1] + untied,
-        ),
-        peak_bytes=_peak_bytes(
+        total_bytes=total_bytes,
+        estimate=estimate(
             checkpoint,
             structure,
             recipe,
+            schemes,
+            total_bytes[1],
             samples or recipe.calibration.samples,
             min(seqlen or recipe.calibration.seqlen, structure.max_positions),
         ),
         servers=who_serves(schemes, recipe.kv_format()),
-        tensor_parallel={n: _splits(structure, recipe, n) for n in (1, 2, 4, 8)},
+        whole={n: _cut(structure, schemes, n) for n in (1, 2, 4, 8)},
         notes=left_out(structure, recipe),
         basis=basis,
     )
@@ -184,47 +215,27 @@ def _check_tensors(checkpoint: Checkpoint, skeleton: Any, structure: Structure) 
             )
 
 
-def _peak_bytes(
-    checkpoint: Checkpoint, structure: Structure, recipe: Recipe, samples: int, seqlen: int
-) -> int:
-    """One float32 layer twice (as loaded, as simulated), its Hessians, the activations, the embedding, the libraries."""
-    shapes = [list(layer.shapes.values()) for layer in structure.kinds]
-    layer = max(sum(rows * columns for rows, columns in linears) for linears in shapes) * 4
-    libraries = 500 * 2**20
-    if not recipe.needs_calibration:
-        return libraries + 2 * layer
-    widths = [
-        max((kind.shapes[group.linears[0]][1] for group in kind.inputs), default=0)
-        for kind in structure.kinds
-    ]
-    sums = max(
-        sum(kind.shapes[group.linears[0]][1] ** 2 for group in kind.inputs)
-        for kind in structure.kinds
-    )
-    first = structure.layer(0)
-    hidden = first.shapes[first.place("qkv")[0].linears[0]][1]
-    # One for each input, experts' among them, and a copy of the largest while it is solved.
-    hessians = 4 * (sums + max(widths) ** 2)
-    embedding = max((info.bytes for info in checkpoint.tensors.values()), default=0)
-    return libraries + 2 * layer + hessians + samples * seqlen * hidden * 4 + embedding
+def _cut(structure: Structure, schemes: dict[str, Scheme], parts: int) -> str:
+    """What `parts` ranks could not get whole, or nothing.
 
-
-def _splits(structure: Structure, recipe: Recipe, parts: int) -> bool:
-    """Whether `parts` ranks get whole heads and whole groups: o_proj and down_proj are split along their inputs."""
-    group_size = 1 if recipe.weights.group_size == "channel" else recipe.weights.group_size
-    layers = structure.kinds
-    split = {
-        (group.place, layer.shapes[group.linears[0]][1])
-        for layer in layers for group in layer.place("o") + layer.place("down")
-    }  # fmt: skip
-    return all(layer.attention.kv_heads % parts == 0 for layer in layers) and all(
-        columns % parts == 0 and (columns // parts) % size == 0
-        for place, columns in split
-        for size in (
-            group_size,
-            (recipe.rotation.block_of(place, columns) if recipe.rotation else None) or 1,
-        )
-    )
+    Inputs of o and down are split (row-parallel): whole groups of scales and rotations. Outputs of the rest are
+    split (column-parallel): whole heads, and rows that divide.
+    """
+    for number, layer in enumerate(structure.layer_structures):
+        if layer.attention.kv_heads % parts:
+            return f"{layer.attention.kv_heads} KV heads do not divide by {parts}"
+        for group in layer.groups:
+            for name in group.linears:
+                scheme = schemes.get(structure.prefix(number) + name)
+                rows, columns = layer.shapes[name]
+                if group.place in ("qkv", "gate_up"):
+                    if rows % parts:
+                        return f"the {rows} outputs of {name} do not divide by {parts}"
+                    continue
+                unit = max(scheme.weights.group_size or 1, scheme.rotation or 1) if scheme else 1
+                if columns % parts or (columns // parts) % unit:
+                    return f"{columns} / {parts} inputs of {name} are no whole groups of {unit}"
+    return ""
 
 
 def default_output(model: str, recipe: Recipe) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +21,7 @@ from quantkit.models.structure import Structure
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Weights(_Strict):
@@ -183,6 +184,14 @@ class Recipe(_Strict):
     calibration: Calibration = Calibration()
     rules: list[Rule] = []
     ignore: list[str] = ["lm_head"]
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        """It goes into the name of the output's folder."""
+        if not re.fullmatch(r"[\w+-][\w.+-]{0,99}", name):
+            raise ValueError(f"{name[:60]!r} is no plain name; letters, digits and . _ + - are")
+        return name
 
     @model_validator(mode="after")
     def _supported(self) -> Recipe:
@@ -347,6 +356,8 @@ def _read(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         text = files("quantkit.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     elif name.endswith((".yaml", ".yml")) or "/" in name:
         try:
+            if Path(name).expanduser().exists() and not Path(name).expanduser().is_file():
+                raise QuantkitError(f"{name}: is no file; a recipe is a YAML file")
             text = Path(name).expanduser().read_text(encoding="utf-8")
         except OSError as error:
             raise QuantkitError(f"{name}: recipe cannot be read ({error.strerror})") from None
@@ -357,10 +368,13 @@ def _read(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         hint = f"did you mean {close[0]!r}?" if close else "`quantkit recipes` lists them"
         raise QuantkitError(f"{name}: no such recipe; {hint}")
     try:
+        # A few lines of references to references stand for more than any memory holds.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise QuantkitError(f"{_where(name)}: has YAML references (*name); write them out")
         data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise QuantkitError(
-            f"{_where(name)}: not valid YAML ({' '.join(str(error).split())})"
+            f"{_where(name)}: not valid YAML ({' '.join(str(error).split())[:300]})"
         ) from None
     if not isinstance(data, dict):
         raise QuantkitError(f"{_where(name)}: a mapping is expected, not {type(data).__name__}")

@@ -19,9 +19,10 @@ from quantkit.models.files import ModelCheckpoint, in_model_names
 from quantkit.models.folding import may_change
 from quantkit.models.names import find_model
 from quantkit.models.rotating import ResidualBasis, turned_tensors
+from quantkit.models.sizes import check_sizes
 from quantkit.models.structure import build_skeleton, find_structure, load_config
 
-_SANITY_TOKENS = 256
+_SANITY_TOKENS = 128
 # The mean token loss of a model that knows nothing is ln(vocabulary); a broken one lies well above it.
 _SANITY_MARGIN = 1.0
 
@@ -37,20 +38,25 @@ class Verification:
         return {"ok": not self.problems, "checks": self.checks, "problems": self.problems}
 
 
-def verify(model: str | Path, *, against: str | None = None) -> Verification:
+def verify(
+    model: str | Path, *, against: str | None = None, trust_remote_code: bool = False
+) -> Verification:
     """Check a quantized checkpoint.
 
     Args:
         model: the folder.
         against: the original; every tensor of it must be there, quantized or byte for byte.
+        trust_remote_code: run Python code that comes with the checkpoint, where its model type needs it.
 
     Raises:
         QuantkitError: the checkpoint cannot be read at all, or was not written by quantkit.
     """
     path = find_model(str(model))
     source = Checkpoint(path)
+    check_sizes(source.config, source)
+    config = load_config(source.config, str(path), code=path if trust_remote_code else None)
     info = parse_quantization_config(source.config, str(path))
-    skeleton = build_skeleton(load_config(source.config, str(path)), str(path))
+    skeleton = build_skeleton(config, str(path))
     checkpoint = ModelCheckpoint(source, skeleton)
     info = in_model_names(info, checkpoint)
     result = Verification()
@@ -60,12 +66,14 @@ def verify(model: str | Path, *, against: str | None = None) -> Verification:
         original = ModelCheckpoint(Checkpoint(find_model(against)), skeleton)
         _check_source(checkpoint, skeleton, info, original, result)
     if not result.problems:
-        _check_text(path, checkpoint, result)
+        _check_text(checkpoint, config, trust_remote_code, result)
     return result
 
 
 def _check_hashes(checkpoint: Checkpoint, info: QuantizationInfo, result: Verification) -> None:
     shards = info.meta.get("shards") or {}
+    if not isinstance(shards, dict):
+        raise QuantkitError(f"{checkpoint.path}: malformed quantization_config.quantkit.shards")
     if set(shards) != set(checkpoint.files):
         result.problems.append(
             f"shards {sorted(checkpoint.files)} do not match the recorded {sorted(shards)}"
@@ -99,7 +107,7 @@ def _check_modules(
                 )
         scale_name = f"{name}.weight_scale"
         if scale_name in checkpoint.tensors:
-            scale = checkpoint.load(scale_name).float()
+            scale = checkpoint.read(scale_name).float()
             if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
                 result.problems.append(
                     f"{scale_name}: holds a scale that is zero, negative or not finite"
@@ -141,9 +149,8 @@ def _check_source(
                 f"{name}: {here.dtype} {list(here.shape)} here, not as in the original"
             )
         elif name not in changed:
-            a, b = checkpoint.load(name), source.load(name)
             # Bytes, not values: NaN differs from itself.
-            if not torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
+            if not all(map(torch.equal, checkpoint.raw(name), source.raw(name))):
                 result.problems.append(f"{name}: differs from the original")
             copied += 1
     result.checks.append(
@@ -175,23 +182,23 @@ def _check_turned(
     result.checks.append("embedding, head and final norm: the original's, turned")
 
 
-def _check_text(path: Path, checkpoint: Checkpoint, result: Verification) -> None:
+def _check_text(
+    checkpoint: Checkpoint, config: Any, trust_remote_code: bool, result: Verification
+) -> None:
     """A short text must give finite logits and a loss below that of a model that knows nothing."""
     from quantkit.pipeline import load_tokenizer
-    from quantkit.runtime.load import load
+    from quantkit.streamed import streamed_logits
 
     try:
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
     except QuantkitError:
         result.checks.append("sanity text: skipped, there is no tokenizer")
         return
-    model = load(path)
-    vocabulary = int(model.config.vocab_size)
+    vocabulary = int(config.vocab_size)
     tokens = tokenize(tokenizer, read_text("sample", split="test")[:4000])[:_SANITY_TOKENS]
-    length = min(tokens.numel(), int(getattr(model.config, "max_position_embeddings", 2048)))
+    length = min(tokens.numel(), int(getattr(config, "max_position_embeddings", 2048)))
     ids = tokens[:length].clamp_max(vocabulary - 1)[None]
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits.float()
+    logits = streamed_logits(checkpoint.path, ids, trust_remote_code=trust_remote_code)
     if not bool(torch.isfinite(logits).all()):
         result.problems.append("sanity text: the model's outputs are not finite")
         return

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.output import JsonOption, out, print_json, print_servers, size
+from quantkit.cli.output import (
+    JsonOption,
+    TrustOption,
+    duration,
+    out,
+    print_json,
+    print_servers,
+    size,
+)
 
 
 def command(
@@ -25,13 +33,20 @@ def command(
         list[str] | None, typer.Option("--set", help="Change the recipe: path=value.")
     ] = None,
     modules: Annotated[bool, typer.Option("--modules", help="List every module.")] = False,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what `quantize` would do: schemes, bytes, memory, who can serve the result."""
     from quantkit.plan import default_output, make_plan
     from quantkit.recipe import Recipe
 
-    plan = make_plan(model, Recipe.load(recipe, sets), samples=samples, seqlen=seqlen)
+    plan = make_plan(
+        model,
+        Recipe.load(recipe, sets),
+        samples=samples,
+        seqlen=seqlen,
+        trust_remote_code=trust_remote_code,
+    )
     if as_json:
         print_json(plan.to_dict())
         return
@@ -50,17 +65,28 @@ def command(
     names = ", ".join(kept[:3] if more else kept) or "nothing"
     out.print(f"  kept           {names}{more}, embeddings, norms")
     if modules:
-        for name, each in plan.schemes.items():
-            out.print(f"    {name}  {each}", markup=False)
+        for name, each in plan.module_bytes().items():
+            out.print(
+                f"    {name}  {each['scheme']}  {size(each['before'])} -> {size(each['after'])}",
+                markup=False,
+            )
     for note in plan.notes:
         out.print(f"  left out       {note}", markup=False)
     before, after = plan.linear_bytes
     out.print(f"  linears        {size(before)} -> {size(after)} ({after / before:.3f})")
     out.print(f"  checkpoint     {size(plan.total_bytes[0])} -> {size(plan.total_bytes[1])}")
-    out.print(f"  peak memory    about {size(plan.peak_bytes)}")
+    need = plan.estimate
+    offload = f", {size(need.activation_bytes)} of it activations that can be on disk (--offload)"
+    out.print(
+        f"  peak memory    about {size(need.host_bytes)}{offload if need.activation_bytes else ''}"
+    )
+    if need.device_bytes:
+        out.print(f"  on a GPU       about {size(need.device_bytes)} (--device cuda)")
+    out.print(f"  disk           {size(need.disk_bytes)}")
+    out.print(f"  time           about {duration(need.seconds)} here")
     out.print(
         "  tensor parallel "
-        + ", ".join(f"{n}: {'yes' if ok else 'no'}" for n, ok in plan.tensor_parallel.items())
+        + ", ".join(f"{n}: {f'no ({why})' if why else 'yes'}" for n, why in plan.whole.items())
     )
     print_servers(plan.servers)
     out.print(f"  would write    {default_output(model, plan.recipe)}")

@@ -8,6 +8,7 @@ import typer
 
 from quantkit.cli.output import (
     JsonOption,
+    TrustOption,
     err,
     note,
     out,
@@ -61,6 +62,11 @@ def command(
     push: Annotated[
         str | None, typer.Option(help="Upload the result to ORG/NAME on the hub.")
     ] = None,
+    offload: Annotated[
+        bool | None,
+        typer.Option(help="Activations on disk; left out: where memory has no room for them."),
+    ] = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a checkpoint into a packed one."""
@@ -95,6 +101,8 @@ def command(
             target_bits=target_bits,
             target_size=target_size,
             widths=_widths(widths),
+            offload=offload,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if push is not None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.models import model_or_last
-from quantkit.cli.output import JsonOption, out, print_json, print_servers
+from quantkit.cli.output import JsonOption, TrustOption, out, print_json, print_servers
 
 
 def command(
@@ -17,6 +17,7 @@ def command(
     against: Annotated[
         str | None, typer.Option(help="The original: every tensor of it must be there.")
     ] = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check hashes, that every target is quantized, scales, names and shapes, and a sanity text."""
@@ -27,7 +28,7 @@ def command(
     from quantkit.verify import verify
 
     name = model_or_last(model)
-    result = verify(name, against=against)
+    result = verify(name, against=against, trust_remote_code=trust_remote_code)
     info = parse_quantization_config(Checkpoint(find_model(name)).config, name)
     servers = who_serves(info.schemes, info.kv_cache)
     if as_json:

@@ -17,7 +17,7 @@ from quantkit.errors import QuantkitError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# safetensors' own limit on a header; larger is a corrupted or hostile file.
+# safetensors' own limit on a header; larger is a corrupted or hostile file. A JSON file is no larger either.
 _MAX_HEADER = 100_000_000
 _DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -48,10 +48,17 @@ class TensorInfo:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; QuantkitError if it is missing, not JSON or not an object."""
     try:
+        if path.stat().st_size > _MAX_HEADER:
+            raise QuantkitError(
+                f"{path}: has {path.stat().st_size} bytes, too many for a JSON file"
+            )
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise QuantkitError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, not JSON, numbers of thousands of digits
         raise QuantkitError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(data, dict):
         raise QuantkitError(f"{path}: holds a {type(data).__name__}, an object is expected")
@@ -81,31 +88,82 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise QuantkitError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         header = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise broken("its header is not JSON") from None
     if not isinstance(header, dict):
         raise broken("its header is not an object")
 
-    tensors, end = {}, 0
+    tensors = {}
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-            first, last = (int(n) for n in entry["data_offsets"])
-        except (TypeError, KeyError, ValueError):
-            raise broken(f"the entry of {name!r} is malformed") from None
-        if dtype not in _DTYPE_BITS:
-            raise broken(f"{name!r} has the unknown type {dtype!r}")
-        if min(shape, default=0) < 0 or (last - first) * 8 != math.prod(shape) * _DTYPE_BITS[dtype]:
-            raise broken(f"{name!r} has {last - first} bytes, its shape {list(shape)} needs others")
-        if not 0 <= first <= last <= size - 8 - length:
-            raise broken(f"{name!r} ends beyond the end of the file (truncated?)")
-        tensors[name] = TensorInfo(path.name, dtype, shape, last - first, 8 + length + first)
-        end = max(end, last)
-    if end != size - 8 - length:
-        raise broken(f"{size - 8 - length - end} bytes belong to no tensor")
+        if name != "__metadata__":
+            why, info = _entry(path.name, entry, 8 + length)
+            if info is None:
+                raise broken(f"{_shown(name)} {why}")
+            tensors[name] = info
+    end = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].bytes)):
+        if info.offset + info.bytes > size:
+            raise broken(f"{_shown(name)} ends beyond the end of the file (truncated?)")
+        if info.offset != end:
+            raise broken(
+                f"{_shown(name)} begins at byte {info.offset}, {end} is the end of the one before"
+            )
+        end = info.offset + info.bytes
+    if end != size:
+        raise broken(f"{size - end} bytes belong to no tensor")
     return tensors
+
+
+def _entry(file: str, entry: Any, start: int) -> tuple[str, TensorInfo | None]:
+    """A header's entry, or why it is none."""
+
+    def numbers(value: list[Any]) -> bool:
+        return all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+    if not isinstance(entry, dict):
+        return "has a malformed entry", None
+    dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
+        return f"has the unknown type {_shown(dtype)}", None
+    if not isinstance(shape, list) or not isinstance(span, list) or len(span) != 2:
+        return "has a malformed shape or place", None
+    if not numbers(shape) or not numbers(span) or span[0] > span[1]:
+        return "has a malformed shape or place", None
+    if (span[1] - span[0]) * 8 != math.prod(shape) * _DTYPE_BITS[dtype]:
+        return f"has {span[1] - span[0]} bytes, its shape {_shown(shape)} needs others", None
+    return "", TensorInfo(file, dtype, tuple(shape), span[1] - span[0], start + span[0])
+
+
+def _shown(value: Any) -> str:
+    """For a message: on one line, and not long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:60] + "..." + text[-12:]
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it names a file of the same folder."""
+    return name.isprintable() and len(name) < 256 and Path(name).name == name and "\\" not in name
+
+
+def check_links(folder: Path) -> None:
+    """Refuse symbolic links that lead out of a folder: what was downloaded must not choose what is read here.
+
+    The hub's cache is made of links, from `snapshots/<revision>/` to `blobs/` of the same repository: they may.
+
+    Raises:
+        QuantkitError: a link leads elsewhere.
+    """
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    for path in (*folder.iterdir(), *(folder / "quantkit").glob("*")):
+        if path.is_symlink():
+            target = path.resolve()
+            if not any(target.is_relative_to(place) for place in allowed):
+                raise QuantkitError(
+                    f"{path}: is a link out of the folder, to {os.readlink(path)}; replace it by the file itself"
+                )
 
 
 class Checkpoint:
@@ -125,13 +183,14 @@ class Checkpoint:
             raise QuantkitError(
                 f"{path}: no config.json in it; a Hugging Face checkpoint is expected"
             )
+        check_links(path)
         self.config = read_json(path / "config.json")
         self.tensors: dict[str, TensorInfo] = {}
         for file in self._files():
             header = read_header(path / file)
             for name in header.keys() & self.tensors.keys():
                 raise QuantkitError(
-                    f"{path}: tensor {name!r} is in {self.tensors[name].file} and in {file}"
+                    f"{path}: tensor {_shown(name)} is in {self.tensors[name].file} and in {file}"
                 )
             self.tensors.update(header)
         self._check_index()
@@ -144,11 +203,16 @@ class Checkpoint:
             if not isinstance(weight_map, dict) or not weight_map:
                 raise QuantkitError(f"{self.path / INDEX}: has no weight_map")
             files = sorted({str(file) for file in weight_map.values()})
+            for name, file in weight_map.items():
+                if not isinstance(file, str):
+                    raise QuantkitError(
+                        f"{self.path / INDEX}: names {_shown(file)} for {_shown(name)}, a file is expected"
+                    )
             for file in files:
                 # A name with a folder in it could lead anywhere on this machine.
-                if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+                if not _is_plain(file) or not file.endswith(".safetensors"):
                     raise QuantkitError(
-                        f"{self.path / INDEX}: names {file!r}; only .safetensors files of the same folder are read"
+                        f"{self.path / INDEX}: names {_shown(file)}; only .safetensors files of the same folder are read"
                     )
                 if not (self.path / file).is_file():
                     raise QuantkitError(
@@ -170,7 +234,7 @@ class Checkpoint:
         for name, file in read_json(self.path / INDEX)["weight_map"].items():
             if name not in self.tensors or self.tensors[name].file != file:
                 raise QuantkitError(
-                    f"{self.path / INDEX}: says tensor {name!r} is in {file}; it is not"
+                    f"{self.path / INDEX}: says tensor {_shown(name)} is in {file}; it is not"
                 )
 
     def load(self, name: str, *, finite: bool = False) -> torch.Tensor:
@@ -234,9 +298,16 @@ class Checkpoint:
         Raises:
             QuantkitError: as `read`.
         """
+        if name not in self.tensors:
+            raise QuantkitError(f"{self.path}: has no tensor {name!r}")
         info = self.tensors[name]
-        size = info.bytes // max(info.shape[0], 1)
         wanted, place = rows.unique(return_inverse=True)
+        if not info.shape or (len(wanted) and int(wanted[-1]) >= info.shape[0]):
+            raise QuantkitError(
+                f"{self.path}: the tokenizer gives token {int(wanted[-1])}, {name} is {list(info.shape)}; "
+                "they do not belong together"
+            )
+        size = info.bytes // max(info.shape[0], 1)
         table = torch.empty(len(wanted), size, dtype=torch.uint8)
         for number, row in enumerate(wanted.tolist()):
             table[number] = self._bytes(name, row * size, row * size + size)
@@ -250,12 +321,16 @@ class Checkpoint:
         Raises:
             QuantkitError: as `read`, with `finite`.
         """
-        info = self.tensors[name]
-        for first in range(0, info.bytes, size):
-            piece = self._bytes(name, first, min(first + size, info.bytes))
-            piece = piece.view(TORCH_DTYPES[info.dtype])
+        for raw in self.raw(name, size):
+            piece = raw.view(TORCH_DTYPES[self.tensors[name].dtype])
             self._check_finite(name, piece)
             yield piece
+
+    def raw(self, name: str, size: int = 16 << 20) -> Iterator[torch.Tensor]:
+        """A tensor's bytes uint8 [n], in pieces of at most `size`."""
+        end = self.tensors[name].bytes
+        for first in range(0, end, size):
+            yield self._bytes(name, first, min(first + size, end))
 
     def _bytes(self, name: str, first: int, last: int) -> torch.Tensor:
         """Bytes [first, last) of a tensor."""

@@ -173,7 +173,10 @@ def parse_quantization_config(config: dict[str, Any], where: str) -> Quantizatio
         raise QuantkitError(
             f"{where}: written in schema {ours.get('schema')!r}, this version reads {SCHEMA}; update quantkit"
         )
-    unknown = set(ours.get("requires", [])) - KNOWN_REQUIREMENTS
+    requires = ours.get("requires", [])
+    if not isinstance(requires, list) or not all(isinstance(each, str) for each in requires):
+        raise QuantkitError(f"{where}: malformed quantization_config.quantkit.requires")
+    unknown = set(requires) - KNOWN_REQUIREMENTS
     if unknown:
         raise QuantkitError(f"{where}: requires {', '.join(sorted(unknown))}; update quantkit")
     try:
@@ -183,7 +186,11 @@ def parse_quantization_config(config: dict[str, Any], where: str) -> Quantizatio
             for module in modules
         }
         kv_cache = KVFormat(**ours["kv_cache"]) if ours.get("kv_cache") else None
-    except (KeyError, TypeError, AttributeError) as error:
+        for scheme in set(schemes.values()):
+            scheme.check()
+        if kv_cache is not None:
+            kv_cache.check()
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise QuantkitError(
             f"{where}: malformed quantization_config.quantkit ({error!r})"
         ) from None

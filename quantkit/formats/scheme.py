@@ -78,6 +78,21 @@ class Scheme:
             data.get("rotation"),
         )
 
+    def check(self) -> None:
+        """Raises ValueError where a value read from a file is none that a scheme can have."""
+        weights, acts = self.weights, self.activations
+        _number("bits", weights.bits, 2, 8)
+        if weights.group_size is not None:
+            _number("group_size", weights.group_size, 1, 1 << 20)
+        if self.rotation is not None:
+            _number("rotation", self.rotation, 1, 1 << 20)
+        if not isinstance(weights.half, bool) or not isinstance(weights.scale, str):
+            raise ValueError(f"weights {weights}")
+        if acts is not None:
+            _number("activation bits", acts.bits, 2, 8)
+            if acts.type not in ("int", "float") or not isinstance(acts.half, bool):
+                raise ValueError(f"activations {acts}")
+
 
 @dataclass(frozen=True)
 class KVFormat:
@@ -93,3 +108,14 @@ class KVFormat:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def check(self) -> None:
+        """As `Scheme.check`."""
+        _number("kv_cache.bits", self.bits, 4, 4)
+        if self.scale not in ("bf16", "fp8") or self.query not in ("fp8", None):
+            raise ValueError(f"kv_cache {self}")
+
+
+def _number(what: str, value: Any, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{what} {str(value)[:40]}, {least} to {most} is expected")

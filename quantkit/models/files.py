@@ -112,6 +112,12 @@ class ModelCheckpoint(Checkpoint):
         else:
             yield from super().pieces(name, size)
 
+    def raw(self, name: str, size: int = 16 << 20) -> Iterator[torch.Tensor]:
+        if name in self._slices:
+            yield self.read(name).reshape(-1).view(torch.uint8)
+        else:
+            yield from super().raw(name, size)
+
 
 class _Naming:
     """File's name of a tensor -> the model's."""

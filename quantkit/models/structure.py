@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,18 +94,35 @@ class Structure:
         }
 
 
-def load_config(config: dict[str, Any], where: str) -> Any:
-    """A transformers config object from config.json's content; no remote code is ever run."""
-    from transformers import CONFIG_MAPPING
+def load_config(config: dict[str, Any], where: str, *, code: Path | None = None) -> Any:
+    """A transformers config object from config.json's content.
+
+    Args:
+        code: the checkpoint's folder, where the user said that its own code may run (`--trust-remote-code`).
+            Only a model type that transformers does not know is then read with it.
+
+    Raises:
+        QuantkitError: it is not valid, or needs code of its own that may not run.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise QuantkitError(f"{where}: config.json names no model_type")
     if model_type not in CONFIG_MAPPING:
-        raise QuantkitError(
-            f"{where}: model_type {model_type!r} is unknown to transformers; {SUPPORTED} work"
-        )
+        own = config.get("auto_map")
+        if own and code is None:
+            raise QuantkitError(
+                f"{where}: model_type {model_type[:60]!r} needs Python code that comes with the checkpoint (auto_map); "
+                "read it, and if you trust it use --trust-remote-code"
+            )
+        if not own:
+            raise QuantkitError(
+                f"{where}: model_type {model_type[:60]!r} is unknown to transformers; {SUPPORTED} work"
+            )
     try:
+        if model_type not in CONFIG_MAPPING:
+            return AutoConfig.from_pretrained(str(code), trust_remote_code=True)
         return CONFIG_MAPPING[model_type].from_dict(
             {k: v for k, v in config.items() if k != "quantization_config"}
         )
@@ -122,8 +140,10 @@ def build_skeleton(config: Any, where: str, *, attention: str = "sdpa") -> nn.Mo
     from accelerate import init_empty_weights
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(
-        config, "is_encoder_decoder", False
+    own = type(config).__module__.startswith("transformers_modules.")
+    if not own and (
+        type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        or getattr(config, "is_encoder_decoder", False)
     ):
         raise QuantkitError(
             f"{where}: {config.model_type!r} is not a causal language model; {SUPPORTED} work"
@@ -135,8 +155,9 @@ def build_skeleton(config: Any, where: str, *, attention: str = "sdpa") -> nn.Mo
         attention = "eager"
     try:
         with init_empty_weights(include_buffers=False):
+            # A config of a class of the checkpoint's own is there only if the user trusts its code.
             model: nn.Module = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention
+                config, attn_implementation=attention, trust_remote_code=own
             )
     except Exception as error:
         raise QuantkitError(

@@ -16,6 +16,7 @@ from quantkit.formats.config import QuantizationInfo, parse_quantization_config
 from quantkit.formats.packed import expected_tensors
 from quantkit.models.files import ModelCheckpoint, in_model_names
 from quantkit.models.names import find_model
+from quantkit.models.sizes import check_sizes
 from quantkit.models.structure import build_skeleton, load_config
 from quantkit.runtime.attention import NAME, KVQuantizer, register
 from quantkit.runtime.cache import generate_with_packed_cache, quantizers
@@ -35,6 +36,7 @@ def load(
     dtype: torch.dtype | None = None,
     fused: bool = True,
     fresh_prompts: bool = False,
+    trust_remote_code: bool = False,
 ) -> Any:
     """A model that generates, from a folder, a hub id or an alias; quantized by quantkit or not at all.
 
@@ -47,12 +49,14 @@ def load(
             back, and only later tokens read the INT4 cache. A prompt is then nearer to the original; but
             the same text read token by token, or in parts, gives another result, and perplexity, which
             is a prompt's, says nothing of what the INT4 cache costs. Off: all read the cache.
+        trust_remote_code: run Python code that comes with the checkpoint, where its model type needs it.
 
     Raises:
         QuantkitError: no such model, a broken checkpoint, or one of another tool.
     """
     source = Checkpoint(find_model(str(model)))
-    config = load_config(source.config, str(model))
+    check_sizes(source.config, source)
+    config = load_config(source.config, str(model), code=source.path if trust_remote_code else None)
     info = QuantizationInfo({})
     if "quantization_config" in source.config:
         info = parse_quantization_config(source.config, str(model))

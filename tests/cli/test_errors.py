@@ -210,15 +210,21 @@ def test_a_full_disk(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.
     assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_too_little_disk_is_said_before_the_work(
-    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+def test_too_little_room_is_said_before_the_work(
+    run: Run, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from types import SimpleNamespace
 
-    from quantkit import pipeline
+    from quantkit import estimate
 
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert "are free" in refused(run, "quantize", model, "-r", "int4")
+    with monkeypatch.context() as patched:
+        patched.setattr(estimate.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        assert "are free; free space, or choose" in refused(run, "quantize", model, "-r", "int4")
+    with monkeypatch.context() as patched:
+        patched.setattr(estimate.memory, "available", lambda: 1000)
+        assert "of memory are needed" in refused(run, "quantize", model, "-r", "int4")
+        line = refused(run, "quantize", model, "-r", "fireq", "--calib", text, "--no-offload")
+        assert "leave --no-offload out, or use fewer --samples" in line
 
 
 def test_eval_and_generate(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
