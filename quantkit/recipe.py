@@ -437,6 +437,11 @@ def _section(annotation: Any) -> Any:
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:60] + "..." + text[-12:]
+
+
 def _readable(error: ValidationError) -> str:
     """pydantic's first error as `weights.bits: what is wrong`."""
     # A misspelt key also makes the right one missing: name the cause.
@@ -460,13 +465,11 @@ def _readable(error: ValidationError) -> str:
         return f"{path}: unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "literal_error":
-        message = (
-            f"{first['input']!r} is not supported; {first.get('ctx', {}).get('expected', '')} is"
-        )
+        message = f"{_short(first['input'])} is not supported; {first.get('ctx', {}).get('expected', '')} is"
     elif first["type"] == "missing":
         message = "is required"
     elif first["type"] != "value_error":
-        message = f"{message[0].lower()}{message[1:]}, not {first['input']!r}"
+        message = f"{message[0].lower()}{message[1:]}, not {_short(first['input'])}"
     if (
         first["type"] == "value_error"
         and ": " in message
