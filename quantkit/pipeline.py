@@ -20,6 +20,7 @@ from quantkit.allocation.allocate import (
     widths_for,
 )
 from quantkit.calibration.activations import Activations
+from quantkit.calibration.curvature import output_curvature
 from quantkit.calibration.data import BUNDLED_CALIBRATION, CalibrationSet, calibration_blocks
 from quantkit.calibration.stream import LayerStream, observe
 from quantkit.device import find_device
@@ -34,6 +35,7 @@ from quantkit.models.names import BUNDLED
 from quantkit.plain import copy_tensor, round_layer, rounds_plainly
 from quantkit.plan import Plan, default_output, make_plan
 from quantkit.recipe import Recipe
+from quantkit.refinement import Task, refine_layer
 from quantkit.resume import RunState, describe_run, digest, finished_report
 
 KV_FILE = "quantkit/kv.safetensors"
@@ -182,10 +184,17 @@ def _quantize_layers(
             plan.structure,
             data.tokens if data else None,
             device,
+            reference=plan.recipe.refine is not None,
             store=store,
             done=state.done,
             basis=plan.basis,
         )
+    curvature = None
+    if plan.recipe.refine and plan.recipe.refine.curvature and data and plan.basis is None:
+        with state.stage("curvature"):
+            curvature = output_curvature(
+                plan.checkpoint, plan.skeleton, plan.structure, data.tokens, device
+            )
     for number in range(state.done, total):
         tell(number, total, f"layer {number}")
         # Whatever is drawn at random is a function of seed and layer, also in a run that was gone on with.
@@ -195,7 +204,9 @@ def _quantize_layers(
                 with state.stage("round"):
                     state.layers.append(round_layer(plan, plan.structure.prefix(number), folder))
             else:
-                result = _one_layer(plan, stream, number, folder, state)
+                result = _one_layer(
+                    plan, stream, number, folder, state, curvature[number] if curvature else None
+                )
                 state.layers.append(result.report)
                 if result.post_scale is not None:
                     state.scales[str(number)] = result.post_scale.cpu()
@@ -241,7 +252,12 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def _one_layer(
-    plan: Plan, stream: LayerStream, number: int, folder: OutputFolder, state: RunState
+    plan: Plan,
+    stream: LayerStream,
+    number: int,
+    folder: OutputFolder,
+    state: RunState,
+    curvature: torch.Tensor | None,
 ) -> QuantizedLayer:
     """Calibrate, transform, quantize and write one decoder layer; the stream moves on to its outputs."""
     prefix = plan.structure.prefix(number)
@@ -264,6 +280,8 @@ def _one_layer(
                 ) as arguments,
             ):
                 stream.run(layer, number, reference.keep)
+            if stream.hidden_reference is not None:
+                stream.advance_reference(layer, number)
         with state.stage("quantize"):
             result = quantize_layer(
                 layer,
@@ -274,10 +292,14 @@ def _one_layer(
                 *arguments,
                 norm_dtype=norm_dtype,
             )
+        if stream.hidden is not None:
+            _quantize_cache(plan, layer.get_submodule(structure.attention.path), result)
+        if plan.recipe.refine:
+            with state.stage("refine"):
+                _refine(plan, stream, number, layer, result, norm_dtype, curvature)
         with state.stage("write"):
             _write_layer(plan, prefix, layer, result, folder)
         if stream.hidden is not None and reference is not None:
-            _quantize_cache(plan, layer.get_submodule(structure.attention.path), result)
             before = stream.hidden[:_ERROR_BLOCKS].clone()
             with state.stage("advance"):
                 stream.advance(layer, number)
@@ -311,6 +333,38 @@ class _Reference:
         return float((outputs[: want.shape[0]] - want).square().sum() / added.clamp_min(1e-30))
 
 
+def _refine(
+    plan: Plan,
+    stream: LayerStream,
+    number: int,
+    layer: torch.nn.Module,
+    result: QuantizedLayer,
+    norm_dtype: torch.dtype,
+    curvature: torch.Tensor | None,
+) -> None:
+    """Let a quantized layer learn from what the original model has at its output."""
+    assert plan.recipe.refine
+    assert stream.hidden is not None
+    assert stream.hidden_reference is not None
+    prefix, structure = plan.structure.prefix(number), plan.structure.layer(number)
+    schemes = {name: plan.schemes[prefix + name] for name in result.weights}
+    feeders = [group.feeder for group in structure.groups if group.feeder is not None]
+    result.weights, result.report["refinement"] = refine_layer(
+        layer,
+        result.weights,
+        schemes,
+        tuple(f.module for f in feeders if f.norm and not f.offset),
+        norm_dtype,
+        Task(
+            lambda hidden: stream.forward(layer, number, hidden),
+            stream.hidden,
+            stream.hidden_reference,
+            curvature,
+        ),
+        plan.recipe.refine,
+    )
+
+
 def _quantize_cache(plan: Plan, attention: Any, result: QuantizedLayer) -> None:
     """From here on the layer's attention rounds keys and values as the served model will."""
     from quantkit.runtime.attention import KVQuantizer
@@ -328,9 +382,9 @@ def _write_layer(
         local = name.removeprefix(prefix)
         module, _, kind = local.rpartition(".")
         if module in result.weights and kind == "weight":
-            codes, scale = result.weights[module]
+            solved = result.weights[module]
             for suffix, tensor in packed_tensors(
-                codes.cpu(), scale.cpu(), plan.schemes[prefix + module]
+                solved.codes.cpu(), solved.scale.cpu(), plan.schemes[prefix + module]
             ).items():
                 folder.add(f"{prefix}{module}.{suffix}", tensor)
         elif local in parameters:

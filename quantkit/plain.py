@@ -11,11 +11,11 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.packed import expected_tensors, packed_tensors
 from quantkit.formats.scheme import Scheme
 from quantkit.formats.writer import OutputFolder
-from quantkit.layer import weight_scale
 from quantkit.methods import rounding
 from quantkit.methods.hadamard import rotate
 from quantkit.plan import Plan
 from quantkit.recipe import Weights
+from quantkit.solve import weight_scale
 
 # Numbers rounded at a time: enough for every core, few enough for the passes over them to stay in the cache.
 ELEMENTS = 1 << 21

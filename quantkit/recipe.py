@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -18,6 +18,9 @@ from quantkit.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFo
 from quantkit.methods.hadamard import known_block, widest_block
 from quantkit.models.groups import PLACES, Place
 from quantkit.models.structure import Structure
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
 
 
 class _Strict(BaseModel):
@@ -86,11 +89,21 @@ class ChannelScaling(_Strict):
 
 
 class RopeScaling(_Strict):
-    """FireQ's factors on keys: alpha before RoPE, beta after it on each head's top_k outlier channels."""
+    """FireQ's factors on keys: alpha before RoPE, beta after it on each head's top_k outlier channels.
 
-    alpha: float | None = Field(default=1.0, gt=0)
-    beta: float | None = Field(default=1.0, gt=0)
-    top_k: int = Field(default=3, ge=0)
+    `strength` is the exponent of the factor before RoPE; FireQ's is 1. Each may be a list: with several settings, per
+    layer the one with the least error of attention's output is taken.
+    """
+
+    alpha: list[Positive] | None = Field(default=[1.0], min_length=1)
+    strength: list[Positive] = Field(default=[1.0], min_length=1)
+    beta: list[Positive] | None = Field(default=[1.0], min_length=1)
+    top_k: list[Count] = Field(default=[3], min_length=1)
+
+    @field_validator("alpha", "strength", "beta", "top_k", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return value if value is None or isinstance(value, list) else [value]
 
 
 class Rotation(_Strict):
@@ -150,6 +163,20 @@ class GPTQ(_Strict):
     activation_order: bool = False
 
 
+class Refine(_Strict):
+    """Rounding offsets, scales and norms learned per decoder layer against the original model's outputs.
+
+    `steps` of `blocks` calibration blocks each; `rate`, of the offsets, in units of a level; `norms`: whether norms
+    learn too; `curvature`: weigh errors by what they cost the model's predictions, else all alike.
+    """
+
+    steps: int = Field(default=160, gt=0)
+    blocks: int = Field(default=1, gt=0)
+    rate: float = Field(default=0.01, gt=0, le=1)
+    norms: bool = True
+    curvature: bool = True
+
+
 class Calibration(_Strict):
     samples: int = Field(default=64, gt=0)
     seqlen: int = Field(default=512, gt=1)
@@ -181,6 +208,7 @@ class Recipe(_Strict):
     rope_scaling: RopeScaling | None = None
     rotation: Rotation | None = None
     gptq: GPTQ = GPTQ()
+    refine: Refine | None = None
     calibration: Calibration = Calibration()
     rules: list[Rule] = []
     ignore: list[str] = ["lm_head"]
@@ -213,7 +241,10 @@ class Recipe(_Strict):
         """Whether anything is learned from text: GPTQ, factors, key statistics."""
         formats = [self.weights, *(r.weights for r in self.rules if r.weights)]
         return bool(
-            self.channel_scaling or self.rope_scaling or any(w.rounding == "gptq" for w in formats)
+            self.channel_scaling
+            or self.rope_scaling
+            or self.refine
+            or any(w.rounding == "gptq" for w in formats)
         )
 
     @classmethod

@@ -3,6 +3,7 @@ import torch
 from tiny_models import make_model
 
 from quantkit import layer as module
+from quantkit import solve
 from quantkit.calibration.stream import observe
 from quantkit.methods.hadamard import rotate
 from quantkit.models.outliers import plant_outliers
@@ -39,13 +40,13 @@ def test_gptq_gets_the_hessian_of_what_the_weight_will_read(
         block(hidden, position_embeddings=positions)
     before = inputs[place].hessian.clone()
     seen: list[torch.Tensor] = []
-    real = module.gptq
+    real = solve.gptq
 
     def spy(weight, hessian, *arguments, **settings):
         seen.append(hessian)
         return real(weight, hessian, *arguments, **settings)
 
-    monkeypatch.setattr(module, "gptq", spy)
+    monkeypatch.setattr(solve, "gptq", spy)
     # The other inputs' Hessians are not at issue here.
     for group in {"qkv", "o", "gate_up", "down"} - {place}:
         inputs[group].hessian = torch.eye(inputs[group].absmax.numel())

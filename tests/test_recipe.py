@@ -24,6 +24,7 @@ def test_every_recipe_of_the_package_resolves(structure, linears):
         "crossquant",
         "crossquant-w4a8",
         "fireq",
+        "gptq",
         "int4",
         "int8",
         "quest-hadamard",

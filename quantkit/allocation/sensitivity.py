@@ -17,12 +17,12 @@ from torch import nn
 
 from quantkit.calibration.stream import LayerStream
 from quantkit.formats.scheme import Scheme
-from quantkit.layer import weight_scale
 from quantkit.methods import rounding
 from quantkit.methods.hadamard import rotate
 from quantkit.models.rotating import turn_values, value_block
 from quantkit.plan import Plan
 from quantkit.recipe import Weights
+from quantkit.solve import weight_scale
 
 
 @dataclass(frozen=True)

@@ -74,16 +74,21 @@ class KeyStatistics:
         absmax: per channel.
         pairs: of RoPE's pairs (i, i + head_dim / 2), equal on both members. RoPE only turns a pair, so this
             is the same before and after it.
+        samples: queries and keys after RoPE, and values, of a few blocks: [1, heads, tokens, head_dim] each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: int = 2) -> None:
+        self._keep = keep
+        self.samples: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.absmax: torch.Tensor | None = None
         self.pairs: torch.Tensor | None = None
 
-    def update(self, keys: torch.Tensor) -> None:
-        """Take in keys after RoPE [batch, KV heads, tokens, head_dim]."""
+    def update(self, query: torch.Tensor, keys: torch.Tensor, value: torch.Tensor) -> None:
+        """Take in a batch: queries after RoPE [batch, heads, tokens, head_dim], keys after it and values alike."""
         from quantkit.methods.fireq import pair_magnitude
 
+        if len(self.samples) < self._keep:
+            self.samples.append((query[:1].clone(), keys[:1].clone(), value[:1].clone()))
         keys = keys.detach().float()
         absmax = keys.abs().amax((0, 2))
         pairs = pair_magnitude(keys).amax(0)

@@ -115,11 +115,32 @@ class LayerStream:
                 if not done:
                     self.hidden[first : first + len(batch)] = hidden.to(self.hidden.device)
                     self._store.release()
+            if 1 not in self._calls:
+                embedded = _rows(embedding, self._checkpoint, name, tokens[:1]).to(self._device)
+                self._calls[1] = layer_calls(skeleton, self._structure.layers, embedded)[1]
 
     @contextmanager
     def layer(self, number: int) -> Iterator[nn.Module]:
-        """A decoder layer with its weights in float32 on the device; freed at the end."""
-        layer = self._layers[number]
+        """A decoder layer with its weights in float32 on the device; freed at the end, and not to be had again."""
+        try:
+            yield self._load(number)
+        finally:
+            # Linears may have been replaced by simulations: drop the whole module, not only its parameters.
+            self._layers[number] = nn.Identity()
+            trim()
+
+    @contextmanager
+    def original(self, number: int) -> Iterator[nn.Module]:
+        """As `layer`, for a look: it must be left as it is, and can be had again."""
+        layer = self._load(number)
+        try:
+            yield layer
+        finally:
+            layer.to("meta")
+            trim()
+
+    def _load(self, number: int) -> nn.Module:
+        layer: nn.Module = self._layers[number]
         prefix = f"{self._structure.layers}.{number}."
         state = {
             name: self._checkpoint.read(prefix + name, finite=True).to(self._device, torch.float32)
@@ -128,35 +149,51 @@ class LayerStream:
         layer.load_state_dict(state, strict=True, assign=True)
         if self._basis is not None:
             self._basis.turn_layer(layer, self._structure.layer(number))
-        try:
-            yield layer
-        finally:
-            # Linears may have been replaced by simulations: drop the whole module, not only its parameters.
-            self._layers[number] = nn.Identity()
-            trim()
+        return layer.requires_grad_(False)
 
     @property
     def batches(self) -> int:
         return 0 if self.hidden is None else -(-self.hidden.shape[0] // self._batch)
 
+    def forward(self, layer: nn.Module, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """A layer's outputs for some blocks of inputs [blocks, seqlen, width]."""
+        if hidden.shape[0] in self._calls:
+            return self._calls[hidden.shape[0]][number].run(layer, hidden.to(self._device))
+        return torch.cat([self.forward(layer, number, block) for block in hidden.split(1)])
+
     @torch.no_grad()
-    def run(self, layer: nn.Module, number: int, sink: Callable[[int, torch.Tensor], None]) -> None:
-        """Run every block through a layer; `sink(first, output)` gets the outputs of blocks first, first + 1, ..."""
-        assert self.hidden is not None
-        for first in range(0, self.hidden.shape[0], self._batch):
-            batch = self.hidden[first : first + self._batch].to(self._device)
-            sink(first, self._calls[batch.shape[0]][number].run(layer, batch))
+    def run(
+        self,
+        layer: nn.Module,
+        number: int,
+        sink: Callable[[int, torch.Tensor], None],
+        hidden: torch.Tensor | None = None,
+    ) -> None:
+        """Run every block through a layer; `sink(first, output)` gets the outputs of blocks first, first + 1, ...
+
+        The inputs are the stream's, or `hidden`.
+        """
+        hidden = self.hidden if hidden is None else hidden
+        assert hidden is not None
+        for first in range(0, hidden.shape[0], self._batch):
+            sink(first, self.forward(layer, number, hidden[first : first + self._batch]))
             self._store.release()
 
     def advance(self, layer: nn.Module, number: int) -> None:
         """The layer's outputs become the next layer's inputs, in place."""
-        hidden = self.hidden
+        self._advance(layer, number, self.hidden)
+
+    def advance_reference(self, layer: nn.Module, number: int) -> None:
+        """As `advance`, for the original layer and `hidden_reference`."""
+        self._advance(layer, number, self.hidden_reference)
+
+    def _advance(self, layer: nn.Module, number: int, hidden: torch.Tensor | None) -> None:
         assert hidden is not None
 
         def replace(first: int, output: torch.Tensor) -> None:
             hidden[first : first + output.shape[0]] = output.to(hidden.device)
 
-        self.run(layer, number, replace)
+        self.run(layer, number, replace, hidden)
 
 
 def _rows(embedding: Any, checkpoint: Checkpoint, name: str, tokens: torch.Tensor) -> torch.Tensor:

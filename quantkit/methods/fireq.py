@@ -8,7 +8,7 @@ half-split layout turns channel i with its partner i + D/2.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _SCALE_RANGE = {
     torch.bfloat16: (torch.finfo(torch.bfloat16).tiny, torch.finfo(torch.bfloat16).max),
@@ -42,12 +42,13 @@ def pair_magnitude(keys: Tensor) -> Tensor:
     return torch.cat([largest, largest], -1)
 
 
-def rope_pre_factor(pair_absmax: Tensor, alpha: float) -> Tensor:
-    """a = alpha / max_t sqrt(k_i^2 + k_(i+D/2)^2), for the rows of k_proj; its inverse for q_proj's.
+def rope_pre_factor(pair_absmax: Tensor, alpha: float, strength: float = 1.0) -> Tensor:
+    """a = (alpha / max_t sqrt(k_i^2 + k_(i+D/2)^2))^strength, for the rows of k_proj; its inverse for q_proj's.
 
     Args:
         pair_absmax: [H, D], as `pair_magnitude` gives it; the larger of two members counts for both.
-        alpha: what each pair's largest norm becomes.
+        alpha: what each pair's largest norm becomes, at full strength.
+        strength: FireQ's is 1; less leaves part of the difference between pairs, and queries more even.
 
     Returns:
         float32 [H, D], alike on both members of a pair, which is what lets it pass through RoPE. 1 where a
@@ -58,7 +59,7 @@ def rope_pre_factor(pair_absmax: Tensor, alpha: float) -> Tensor:
     """
     first, second = _halves(pair_absmax)
     largest = torch.maximum(first, second)
-    return _over(torch.cat([largest, largest], -1), alpha)
+    return _over(torch.cat([largest, largest], -1), alpha).pow(strength)
 
 
 def rope_post_factor(key_absmax: Tensor, beta: float, top_k: int) -> tuple[Tensor, Tensor]:
@@ -103,6 +104,53 @@ def kv4_fake_quantize(x: Tensor, scale_dtype: torch.dtype) -> Tensor:
     scale = (x.abs().amax(-1, keepdim=True) / 7).clamp(*_SCALE_RANGE[scale_dtype])
     scale = scale.to(scale_dtype).float()
     return (x / scale).round().clamp(-7, 7) * scale
+
+
+@torch.no_grad()
+def attention_error(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    factor: Tensor,
+    scale_dtype: torch.dtype,
+    *,
+    quantize_query: bool = True,
+    scaling: float | None = None,
+) -> float:
+    """Squared error of causal attention's output, keys and values in INT4 and queries in FP8 where asked.
+
+    Args:
+        query: [B, Hq, T, D] after RoPE.
+        key, value: [B, H, T, D]; H divides Hq.
+        factor: [H, D], on keys before they are rounded; queries are divided by it.
+        scale_dtype: of the cache's scales.
+        scaling: of the scores; 1 / sqrt(D) if left out.
+
+    Raises:
+        ValueError: as `kv4_fake_quantize`.
+    """
+    query, key, value = query.float(), key.float(), value.float()
+    group = query.shape[1] // key.shape[1]
+    factor = factor.float()[:, None]
+    rounded_query = query / factor.repeat_interleave(group, 0)
+    if quantize_query:
+        scale = (rounded_query.abs().amax(-1, keepdim=True) / 448).clamp_min(1e-30)
+        rounded_query = (rounded_query / scale).to(torch.float8_e4m3fn).float() * scale
+    rounded_key = kv4_fake_quantize(key * factor, scale_dtype)
+    outputs = [
+        nn.functional.scaled_dot_product_attention(
+            q,
+            k.repeat_interleave(group, 1),
+            v.repeat_interleave(group, 1),
+            is_causal=True,
+            scale=scaling,
+        )
+        for q, k, v in (
+            (query, key, value),
+            (rounded_query, rounded_key, kv4_fake_quantize(value, scale_dtype)),
+        )
+    ]
+    return float((outputs[1] - outputs[0]).square().sum(dtype=torch.float64))
 
 
 def _over(absmax: Tensor, target: float) -> Tensor:

@@ -24,9 +24,18 @@ _ROWS = 2048
 
 @dataclass(frozen=True)
 class GptqResult:
-    """Codes int8 [N, K]; the damping used last; whether plain rounding had to do instead."""
+    """What GPTQ found.
+
+    Attributes:
+        codes: int8 [N, K].
+        target: float32 [N, K], the weight as it stood when each column was rounded, earlier columns' errors
+            made up for: `codes` are its nearest levels.
+        damping: the one used last.
+        fell_back: whether plain rounding had to do instead.
+    """
 
     codes: Tensor
+    target: Tensor
     damping: float
     fell_back: bool
 
@@ -81,25 +90,26 @@ def gptq(
         order = hessian.diagonal().argsort(descending=True, stable=True)
     factor, damping = _inverse_factor(hessian, order, damping)
     if factor is None:
-        return GptqResult(quantize(weight, scale, grid), damping, True)
+        return GptqResult(quantize(weight, scale, grid), weight.float(), damping, True)
     # Transposed: a column of the weight is then contiguous, and updates run along memory.
     work = weight.float().T[order]
     groups = order // (columns // scale.shape[1])
     # Rows do not depend on each other. On a GPU splitting them would only add launches.
     rows = _ROWS if weight.device.type == "cpu" else max(weight.shape[0], 1)
+    parts = [part.contiguous() for part in work.split(rows, 1)]
     visited = [
-        _compensate(part.contiguous(), factor, level.T.contiguous(), groups.tolist(), grid, block)
-        for part, level in zip(work.split(rows, 1), scale.float().split(rows))
+        _compensate(part, factor, level.T.contiguous(), groups.tolist(), grid, block)
+        for part, level in zip(parts, scale.float().split(rows))
     ]
-    codes = torch.empty_like(work, dtype=torch.int8)
-    codes[order] = torch.cat(visited, 1)
-    return GptqResult(codes.T.contiguous(), damping, False)
+    codes, target = torch.empty_like(work, dtype=torch.int8), work
+    codes[order], target[order] = torch.cat(visited, 1), torch.cat(parts, 1)
+    return GptqResult(codes.T.contiguous(), target.T.contiguous(), damping, False)
 
 
 def _compensate(
     work: Tensor, factor: Tensor, scale: Tensor, groups: list[int], grid: Grid, block: int
 ) -> Tensor:
-    """The loop of GPTQ on `work` [K, N] (consumed), `factor` = U [K, K] and `scale` [G, N]: codes [K, N]."""
+    """The loop of GPTQ on `work` [K, N] (becomes what was rounded), `factor` = U [K, K] and `scale` [G, N]: codes [K, N]."""
     columns = work.shape[0]
     codes = torch.empty_like(work, dtype=torch.int8)
     diagonal = factor.diagonal().tolist()

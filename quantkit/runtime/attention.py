@@ -10,9 +10,9 @@ from torch import nn
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.scheme import KVFormat
-from quantkit.kernels.kv4 import kv4_quantize
+from quantkit.kernels.kv4 import kv4_dequantize, kv4_quantize
 from quantkit.kernels.kv4_append import rotate
-from quantkit.kernels.kv4_attention import causal_mask, kv4_attention
+from quantkit.kernels.kv4_attention import causal_mask, kv4_attention, prepare_query
 
 NAME = "quantkit"
 _SCALE_TYPES = {"bf16": "bfloat16", "fp8": "float8_e4m3fn"}
@@ -44,6 +44,25 @@ class KVQuantizer(nn.Module):
         scale_type = _SCALE_TYPES[self.form.scale]
         return kv4_quantize(keys, scale_type, self.post_scale), kv4_quantize(values, scale_type)
 
+    def rounded(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values as attention over packed ones sees them, in float32.
+
+        Gradients pass through the roundings as if they were not there: packed bytes have none.
+        """
+        with torch.no_grad():
+            dim, post = query.shape[-1], self.post_scale
+            packed = self.pack(key.detach(), value.detach())
+            k, v = (kv4_dequantize(part, dim, torch.float32) for part in packed)
+            quantize_query = self.form.query == "fp8"
+            q = prepare_query(query.detach(), key.shape[1], post, quantize_query, torch.float32)
+            if post is not None:
+                # Both sides of the scores carry the factor: here it is taken off again.
+                k = k / post[:, None]
+                q = q * post.repeat_interleave(query.shape[1] // key.shape[1], 0)[:, None]
+        return query + (q - query.detach()), key + (k - key.detach()), value + (v - value.detach())
+
 
 def quantkit_attention(
     module: Any,
@@ -68,13 +87,16 @@ def quantkit_attention(
 
     observer = getattr(module, "key_observer", None)
     if observer is not None:
-        observer(key)
+        observer(query, key, value)
     quantizer: KVQuantizer | None = getattr(module, "kv_quantizer", None)
     if kwargs.get("softcap") is not None and quantizer is not None:
         raise QuantkitError(
             "this model caps its attention scores, which attention over packed keys does not know: "
             "quantize without kv_cache"
         )
+    if quantizer is not None and torch.is_grad_enabled() and query.requires_grad:
+        query, key, value = quantizer.rounded(query, key, value)
+        quantizer = None
     if quantizer is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

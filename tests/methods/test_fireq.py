@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from quantkit.methods.fireq import (
+    attention_error,
     constant_factor,
     kv4_fake_quantize,
     pair_magnitude,
@@ -114,3 +115,33 @@ def test_scaled_keys_lose_less():
     a = rope_pre_factor(pair_magnitude(rotated), 1.0)
     both = torch.where(taken, b, a).double()[:, None]
     assert error(both) < 0.25 * error(torch.ones_like(both))
+
+
+def test_less_strength_balances_less():
+    whole = rope_pre_factor(torch.tensor([[1.0, 8.0, 4.0, 2.0]]), 2.0)
+    half = rope_pre_factor(torch.tensor([[1.0, 8.0, 4.0, 2.0]]), 2.0, 0.5)
+    assert torch.allclose(half, whole.sqrt())
+
+
+def test_attentions_error_is_that_of_a_token_at_a_time():
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(1, h, 7, 16, generator=generator) for h in (4, 2, 2))
+    key[..., 5] *= 20
+    factor = torch.rand(2, 16, generator=generator) + 0.5
+    want = 0.0
+    for head in range(4):
+        d = factor[head // 2]
+        k, v = key[0, head // 2], value[0, head // 2]
+        k4 = kv4_fake_quantize(k * d, torch.bfloat16)
+        v4 = kv4_fake_quantize(v, torch.bfloat16)
+        for t in range(7):
+            q = query[0, head, t]
+            s = (q / d).abs().max() / 448
+            q8 = (q / d / s).to(torch.float8_e4m3fn).float() * s
+            exact = (k[: t + 1] @ q / 4).softmax(0) @ v[: t + 1]
+            rounded = (k4[: t + 1] @ q8 / 4).softmax(0) @ v4[: t + 1]
+            want += float((rounded - exact).square().sum())
+    got = attention_error(query, key, value, factor, torch.bfloat16)
+    assert got == pytest.approx(want, rel=1e-4)
+    balanced = rope_pre_factor(pair_magnitude(key[0]), 1.0)
+    assert attention_error(query, key, value, balanced, torch.bfloat16) < 0.5 * got

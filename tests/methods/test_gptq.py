@@ -164,3 +164,13 @@ def test_a_hessian_in_parts_is_the_hessian():
     for part in x.split(171):
         accumulate_hessian(parts, part)
     assert torch.allclose(parts, hessian, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("grid", [Grid(4), Grid(4, half=True)], ids=str)
+def test_codes_are_the_targets_nearest_levels(grid: Grid, act_order: bool):
+    weight, _, hessian = problem(columns=64)
+    scale = absmax_scale(weight, 16, grid)
+    result = gptq(weight, hessian, scale, grid, act_order=act_order)
+    assert torch.equal(quantize(result.target, scale, grid), result.codes)
+    assert not torch.equal(result.target, weight)

@@ -29,7 +29,9 @@ def spread(model) -> dict[str, float]:
 
     places = {"qkv": "self_attn.q_proj", "gate_up": "mlp.up_proj", "down": "mlp.down_proj"}
     hooks = [layer.get_submodule(m).register_forward_pre_hook(watch(p)) for p, m in places.items()]
-    layer.self_attn.key_observer = lambda keys: seen.setdefault("keys", keys.abs().amax((0, 2))[0])
+    layer.self_attn.key_observer = lambda query, keys, value: seen.setdefault(
+        "keys", keys.abs().amax((0, 2))[0]
+    )
     with torch.no_grad():
         model(IDS, use_cache=False)
     for hook in hooks:

@@ -1,0 +1,129 @@
+"""How much an error in a layer's output costs: the curvature of the model's own prediction there.
+
+To second order, an error e in the residual stream changes the prediction by a divergence of 1/2 e^T F e nats, F being
+the Fisher information E[g g^T] of the stream, g the gradient of the log-likelihood of tokens drawn from the model
+itself. Streams differ in size from token to token and the norms that read them divide it out, so here both
+are relative: F = E[r^2 g g^T] for errors e / r, r the root mean square of the token's stream.
+
+Source: the Fisher information as a metric of compression is Hassibi and Stork's (Optimal Brain Surgeon, 1993) and,
+with sampled labels, Martens and Grosse's (K-FAC, arXiv 1503.05671); that it be one matrix per layer is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.calibration.stream import LayerStream
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.models.structure import Structure
+
+Forward = Callable[[Tensor], Tensor]
+# Blocks of text that it is measured on.
+_BLOCKS = 16
+
+# Share of the mean eigenvalue added to all: directions that the few tokens seen did not need may matter to others.
+_RIDGE = 0.1
+
+
+def output_curvature(
+    checkpoint: Checkpoint,
+    skeleton: Any,
+    structure: Structure,
+    tokens: Tensor,
+    device: torch.device,
+    seed: int = 0,
+) -> list[Tensor] | None:
+    """Per decoder layer a root C float32 [width, width] of its output's curvature: 1/2 |e / r C|^2 is in nats.
+
+    Runs the original model once forwards and once backwards over some blocks, a layer in memory at a time; keeps
+    those blocks' hidden states at every layer.
+
+    Args:
+        skeleton: with its parameters on the meta device; it is left so.
+        tokens: int64 [samples, seqlen]; the first blocks are used.
+
+    Returns:
+        None where the model's end is not a norm and a linear.
+    """
+    stream = LayerStream(checkpoint, skeleton, structure, tokens[:_BLOCKS], device)
+    assert stream.hidden is not None
+    hidden = [stream.hidden]
+    for number in range(structure.num_layers):
+        with stream.original(number) as layer, torch.no_grad():
+            outputs = [stream.forward(layer, number, x) for x in hidden[-1].split(1)]
+            hidden.append(torch.cat(outputs).to(hidden[0].device))
+    with _head(checkpoint, skeleton, structure, device) as head:
+        if head is None:
+            return None
+        gradient = _at_the_end(head, hidden[-1], device, seed)
+    roots = [_root(hidden[-1], gradient)]
+    for number in reversed(range(1, structure.num_layers)):
+        with stream.original(number) as layer:
+            forward = partial(stream.forward, layer, number)
+            gradient = _through(forward, hidden[number], gradient, device)
+        roots.append(_root(hidden[number], gradient))
+    return roots[::-1]
+
+
+@contextmanager
+def _head(
+    checkpoint: Checkpoint, skeleton: Any, structure: Structure, device: torch.device
+) -> Iterator[Callable[[Tensor], Tensor] | None]:
+    """The function from the last layer's outputs to logits."""
+    base = skeleton.get_submodule(structure.layers.rpartition(".")[0])
+    norm, output = getattr(base, "norm", None), skeleton.get_output_embeddings()
+    if norm is None or output is None:
+        yield None
+        return
+    names = {id(module): name for name, module in skeleton.named_modules()}
+    for module, tied in ((norm, norm), (output, base.get_input_embeddings())):
+        for kind, _ in list(module.named_parameters()):
+            name = f"{names[id(module)]}.{kind}"
+            if name not in checkpoint.tensors:
+                name = f"{names[id(tied)]}.{kind}"
+            value = checkpoint.load(name, finite=True).to(device, torch.float32)
+            setattr(module, kind, nn.Parameter(value, requires_grad=False))
+    try:
+        yield lambda hidden: output(norm(hidden))  # type: ignore[no-any-return]
+    finally:
+        norm.to("meta")
+        output.to("meta")
+
+
+@torch.enable_grad()
+def _at_the_end(head: Forward, hidden: Tensor, device: torch.device, seed: int) -> Tensor:
+    """The gradient of the log-likelihood of drawn tokens with respect to the last layer's output."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for block in hidden.split(1):
+        x = block.to(device).requires_grad_()
+        logits = head(x).float().flatten(0, -2)
+        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
+        loss = nn.functional.cross_entropy(logits, drawn[:, 0].to(x.device), reduction="sum")
+        found.append(torch.autograd.grad(loss, x)[0].to(hidden.device))
+    return torch.cat(found)
+
+
+@torch.enable_grad()
+def _through(forward: Forward, hidden: Tensor, gradient: Tensor, device: torch.device) -> Tensor:
+    """The gradient with respect to a layer's inputs, from that with respect to its outputs."""
+    found = []
+    for block, above in zip(hidden.split(1), gradient.split(1)):
+        x = block.to(device).requires_grad_()
+        out = forward(x)
+        found.append(torch.autograd.grad(out, x, above.to(out.device))[0].to(hidden.device))
+    return torch.cat(found)
+
+
+def _root(hidden: Tensor, gradient: Tensor) -> Tensor:
+    size = hidden.square().mean(-1, keepdim=True).sqrt()
+    rows = (gradient * size).flatten(0, -2)
+    values, vectors = torch.linalg.eigh((rows.T @ rows / rows.shape[0]).double())
+    values = values.clamp_min(0) + _RIDGE * values.mean()
+    return (vectors * values.sqrt()).float()

@@ -1,0 +1,122 @@
+"""The channel factor of each input of a decoder layer: which one is taken, and what it does to the input."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.calibration.statistics import InputStatistics
+from quantkit.formats.scheme import Scheme
+from quantkit.methods import crossquant, fireq, rounding, smoothing
+from quantkit.methods.hadamard import rotate
+from quantkit.models.groups import InputGroup
+from quantkit.recipe import Recipe, Weights
+from quantkit.runtime.activations import round_activation
+from quantkit.solve import weight_scale
+
+# CrossQuant's own alpha, section 4 of the paper.
+_PAPER_ALPHA = 0.15
+
+
+def choose_factor(
+    layer: nn.Module,
+    group: InputGroup,
+    recipe: Recipe,
+    prefix: str,
+    scheme: Scheme,
+    stats: InputStatistics,
+    rotation: int | None = None,
+) -> tuple[torch.Tensor | None, dict[str, Any]]:
+    """The channel factor of one input group: the exponent with the least joint error of input and weights.
+
+    Args:
+        rotation: the block by which the input is rotated before it is rounded, online or in the weights.
+
+    Returns:
+        (d [K], or None for the identity; figures for the report).
+    """
+    assert recipe.channel_scaling
+    method, exponents = recipe.channel_scaling.method, recipe.channel_scaling.exponents
+    weights: list[Any] = [layer.get_submodule(name).weight for name in group.linears]
+    candidates = [_factor(method, exponent, stats, weights) for exponent in exponents]
+    if group.feeder is not None:
+        candidates = [group.feeder.shared(d) for d in candidates]
+    if len(candidates) == 1:
+        return candidates[0], {"method": method, "exponent": exponents[0]}
+    best, errors = smoothing.search(
+        candidates,
+        stats.rows,
+        weights,
+        partial(_round_input, scheme=scheme, rotation=rotation),
+        partial(
+            _round_weight,
+            weights=recipe.weights_of(prefix + group.linears[0]),
+            scheme=scheme,
+            rotation=rotation,
+        ),
+    )
+    chosen = next(
+        (e for e, d in zip(exponents, candidates) if d is best or torch.equal(d, best)), None
+    )
+    return best, {"method": method, "exponent": chosen, "errors": [float(e) for e in errors]}
+
+
+def zero_fractions(
+    stats: InputStatistics, factor: torch.Tensor | None, scheme: Scheme | None
+) -> dict[str, float] | None:
+    """Shares of an input's nonzero values that INT rounding loses: per token, folded, and in the paper's form.
+
+    Source: CrossQuant (arXiv 2410.07505), its "quantization kernel"; alpha is the paper's in the last.
+    """
+    acts = scheme.activations if scheme else None
+    if acts is None or acts.type != "int" or acts.half:
+        return None
+    rows = stats.rows
+    folded = rows if factor is None else rows / factor
+    return {
+        "per_token": crossquant.zero_fraction(rows, crossquant.per_token_scale(rows, acts.bits)),
+        "folded": crossquant.zero_fraction(folded, crossquant.per_token_scale(folded, acts.bits)),
+        "dynamic": crossquant.zero_fraction(
+            rows, crossquant.dynamic_scale(rows, acts.bits, _PAPER_ALPHA)
+        ),
+    }
+
+
+def _factor(
+    method: str, exponent: float, stats: InputStatistics, weights: list[torch.Tensor]
+) -> torch.Tensor:
+    stacked = torch.cat([w.detach() for w in weights])
+    if method == "awq":
+        d = smoothing.awq_factor(stats.mean_abs, exponent)
+    elif method == "crossquant":
+        d = crossquant.fold_factor(stats.absmax, exponent)
+    elif method == "smoothquant":
+        d = smoothing.smoothquant_factor(stats.absmax, stacked.abs().amax(0), exponent)
+    elif method == "balance":
+        d = smoothing.balance_factor(stats.rms, stacked.square().mean(0).sqrt(), exponent)
+    else:
+        d = fireq.constant_factor(stacked.abs().amax(0), exponent)
+    return smoothing.normalise(d)
+
+
+def _round_input(x: torch.Tensor, scheme: Scheme, rotation: int | None) -> torch.Tensor:
+    """Rotated back after rounding, so that the product stands in the original basis."""
+    if not rotation:
+        return round_activation(x, scheme.activations)
+    return rotate(round_activation(rotate(x, rotation), scheme.activations), rotation, inverse=True)
+
+
+def _round_weight(
+    w: torch.Tensor, weights: Weights, scheme: Scheme, rotation: int | None
+) -> torch.Tensor:
+    if rotation:
+        w = rotate(w, rotation)
+    grid = rounding.Grid(scheme.weights.bits, scheme.weights.half)
+    # A clip search per candidate costs much and moves all candidates alike.
+    clip = "gaussian" if weights.clip == "gaussian" else "absmax"
+    scale = weight_scale(w, scheme.weights, clip, None)
+    w = rounding.dequantize(rounding.quantize(w, scale, grid), scale, grid)
+    return rotate(w, rotation, inverse=True) if rotation else w

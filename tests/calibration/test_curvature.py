@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import torch
+
+from quantkit.calibration.curvature import _RIDGE, output_curvature
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.models.structure import build_skeleton, find_structure, load_config
+
+
+def setup(folder: Path):
+    checkpoint = Checkpoint(folder)
+    skeleton = build_skeleton(load_config(checkpoint.config, "m"), "m")
+    return checkpoint, skeleton, find_structure(skeleton, "m")
+
+
+def test_it_predicts_the_divergence_that_a_small_error_causes(tiny, tmp_path: Path):
+    """The whole model, loaded and disturbed after its first layer, beside 1/2 e^T F e."""
+    from transformers import AutoModelForCausalLM
+
+    checkpoint, skeleton, structure = setup(tiny())
+    tokens = torch.randint(0, 512, (16, 64), generator=torch.Generator().manual_seed(0))
+    roots = output_curvature(checkpoint, skeleton, structure, tokens, torch.device("cpu"))
+    assert roots is not None
+    assert len(roots) == structure.num_layers
+    assert all(p.is_meta for p in skeleton.parameters())
+
+    model = AutoModelForCausalLM.from_pretrained(str(tiny()), dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(1)
+    relative = 0.02 * torch.randn(16, 64, 256, generator=generator)
+
+    def disturb(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        changed = hidden + relative * hidden.square().mean(-1, keepdim=True).sqrt()
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    with torch.no_grad():
+        before = model(tokens, use_cache=False).logits.log_softmax(-1)
+        handle = model.model.layers[0].register_forward_hook(disturb)
+        after = model(tokens, use_cache=False).logits.log_softmax(-1)
+        handle.remove()
+    want = float((before.exp() * (before - after)).sum(-1).mean())
+    got = float((relative @ roots[0]).square().sum(-1).mean()) / 2
+    # The estimate's ridge is part of it.
+    assert 0.7 < got / (want * (1 + _RIDGE)) < 1.4
+
+
+def test_the_same_tokens_give_the_same(tiny):
+    tokens = torch.arange(64).view(2, 32)
+    first, again = (output_curvature(*setup(tiny()), tokens, torch.device("cpu")) for _ in range(2))
+    assert first is not None
+    assert again is not None
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
