@@ -301,7 +301,7 @@ def broken(run: Run) -> None:
         "cut file": (_cut, "corrupted safetensors file"),
         "no scale": (
             lambda f: _without(f, f"{layer}.mlp.up_proj.weight_scale"),
-            "up_proj.weight_scale' is missing",
+            "up_proj.weight_scale is missing",
         ),
         "no norm": (
             lambda f: _without(f, f"{layer}.input_layernorm.weight"),
