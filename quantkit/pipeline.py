@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -38,6 +39,7 @@ from quantkit.recipe import Recipe
 from quantkit.refinement import Task, refine_layer
 from quantkit.resume import RunState, describe_run, digest, finished_report
 
+_log = logging.getLogger(__name__)
 KV_FILE = "quantkit/kv.safetensors"
 REPORT_FILE = "quantkit/report.json"
 # The recipe as it was resolved, for --recipe.
@@ -449,6 +451,7 @@ def _finish(
             side[file.name] = partial(shutil.copyfile, file)
 
     def check(output: Path) -> None:
+        from quantkit.report.documents import write_documents
         from quantkit.verify import verify
 
         with state.stage("verify"):
@@ -462,6 +465,10 @@ def _finish(
         report["seconds"] = round(state.elapsed, 2)
         report["stages"] = {name: round(seconds, 2) for name, seconds in state.seconds.items()}
         write_json(output / REPORT_FILE, report)
+        try:
+            write_documents(output, folder.path.resolve().name)
+        except Exception as error:  # hours of work are not thrown away for a page
+            _log.warning("no report page was made (%s); `quantkit report` tries again", error)
 
     in_file = plan.checkpoint.file_module
 

@@ -15,7 +15,7 @@ from quantkit.methods import rounding
 from quantkit.methods.hadamard import rotate
 from quantkit.plan import Plan
 from quantkit.recipe import Weights
-from quantkit.solve import weight_scale
+from quantkit.solve import size_figures, weight_scale
 
 # Numbers rounded at a time: enough for every core, few enough for the passes over them to stay in the cache.
 ELEMENTS = 1 << 21
@@ -84,4 +84,5 @@ def _round(
         whole = torch.tensor([rows, columns]) if suffix == "weight_shape" else torch.cat(tensors)
         folder.add(f"{module}.{suffix}", whole)
     error = lost / max(total, 1e-30)
-    return {"scheme": str(scheme), "rounding": weights.rounding, "weight_error": error}
+    figures = {"scheme": str(scheme), "rounding": weights.rounding, "weight_error": error}
+    return figures | size_figures(scheme, rows, columns)

@@ -52,6 +52,12 @@ def store_scale(scale: torch.Tensor, weight: torch.Tensor, form: WeightFormat) -
     return rounding.store_bf16(scale)
 
 
+def size_figures(scheme: Scheme, rows: int, columns: int) -> dict[str, float]:
+    """For the report: how many weights a linear has, and the bits of each with its share of the scales."""
+    count = rows * columns
+    return {"weights": count, "bits": scheme.packed_bytes(rows, columns) * 8 / count}
+
+
 def solve(
     weight: torch.Tensor,
     scheme: Scheme,
@@ -73,9 +79,7 @@ def solve(
     figures: dict[str, Any] = {
         "scheme": str(scheme),
         "rounding": weights.rounding,
-        "weights": rows * columns,
-        "bits": scheme.packed_bytes(rows, columns) * 8 / (rows * columns),
-    }
+    } | size_figures(scheme, rows, columns)
     if weights.rounding == "gptq":
         assert hessian is not None
         found = gptq(

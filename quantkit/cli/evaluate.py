@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -135,12 +136,16 @@ def _write(path: Path, data: dict[str, Any]) -> None:
 
 
 def _keep(results: list[dict[str, Any]]) -> None:
-    """Beside each model that is an output of ours, for its report."""
+    """Beside each model that is an output of ours; its report and its card show them from then on."""
     from quantkit.evaluate.store import keep
     from quantkit.models.names import find_model
+    from quantkit.report.documents import write_documents
 
     for result in results:
-        keep(result, find_model(result["model"]))
+        folder = find_model(result["model"])
+        if keep(result, folder):
+            with suppress(QuantkitError):  # the results are what was asked for
+                write_documents(folder)
 
 
 def _print(found: list[Evaluation], texts: list[str]) -> None:

@@ -24,6 +24,7 @@ from quantkit.cli import (
     push,
     quantize,
     recipes,
+    report,
     serve,
     verify,
 )
@@ -46,6 +47,7 @@ app.command("serve")(serve.command)
 app.command("export")(export.command)
 app.command("push")(push.command)
 app.command("inspect")(inspect.command)
+app.command("report")(report.command)
 app.command("verify")(verify.command)
 app.command("recipes")(recipes.command)
 app.command("bench")(bench.command)

@@ -34,7 +34,7 @@ def print_table(rows: list[list[str]]) -> None:
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
-        print("  ".join(cells))
+        print("  ".join(cells).rstrip())
 
 
 def print_servers(servers: dict[str, str]) -> None:

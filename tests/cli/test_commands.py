@@ -73,6 +73,13 @@ def test_the_last_one_quantized_here_is_the_default(run, tiny, tmp_path: Path, m
     assert "whole" in run("verify")
 
 
+def test_report(run, quantized):
+    folder = quantized("int8")
+    data = json.loads(run("report", folder, "--json"))
+    assert data["files"] == [str(folder / "quantkit" / "report.html"), str(folder / "README.md")]
+    assert "report.html" in run("report", folder)
+
+
 def test_plan(run, tiny):
     plan = json.loads(run("plan", tiny(), "-r", "fireq", "--json"))
     assert len(plan["modules"]) == 14

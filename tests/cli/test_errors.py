@@ -256,6 +256,11 @@ def test_a_baseline_that_reads_other_tokens(run: Run, model: Path, tiny):
     assert run("eval", model, "--baseline", tiny(), "--limit", 1)[0] == 0
 
 
+def test_reports_of_what_is_none(run: Run, model: Path):
+    assert "not an output of quantkit" in refused(run, "report", model)
+    assert "no such model" in refused(run, "report", "nothing")
+
+
 def test_usage(run: Run):
     assert "Missing argument" in refused(run, "quantize")
     assert "No such command" in refused(run, "quantise")
