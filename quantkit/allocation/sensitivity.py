@@ -1,6 +1,6 @@
 """What each width costs each part of a model: the error that it puts into the residual stream.
 
-A part is a place of a decoder layer: the linears that read one input, which servers fuse. With its weights rounded
+A part is a place of a decoder layer: the linears that read one input, which servers fuse (of experts, all three). With its weights rounded
 to b bits and everything else as it was, the layer's output h differs from the original's by d: the cost is the mean
 over tokens of |d|^2 / |h|^2. Errors of different parts are small and nearly independent, so costs add up, and each is
 measured relative to the stream, which is what the norms of all later layers see.
@@ -19,6 +19,7 @@ from quantkit.calibration.stream import LayerStream
 from quantkit.formats.scheme import Scheme
 from quantkit.methods import rounding
 from quantkit.methods.hadamard import rotate
+from quantkit.models.groups import Place
 from quantkit.models.rotating import turn_values, value_block
 from quantkit.plan import Plan
 from quantkit.recipe import Weights
@@ -30,7 +31,7 @@ class Part:
     """Linears that get one width.
 
     Attributes:
-        name: `layer.place`, as `3.gate_up`.
+        name: `layer.place`, as `3.gate_up`, or `3.gate_up+down`.
         linears: their full names.
         weights: how many numbers they hold.
         sizes: bits -> bytes on disk, scales and shapes included.
@@ -51,15 +52,30 @@ def parts_of(plan: Plan, widths: list[int]) -> list[Part]:
     for number in range(plan.structure.num_layers):
         prefix = plan.structure.prefix(number)
         inside = [n for n in plan.schemes if n.startswith(prefix)]
-        for place in dict.fromkeys(places[n] for n in inside):
-            names = tuple(n for n in inside if places[n] == place)
+        fused = [[prefix + n for n in names] for names in plan.structure.layer(number).fused]
+        for joined in _join(list(dict.fromkeys(places[n] for n in inside)), fused, places):
+            names = tuple(n for n in inside if places[n] in joined)
             sizes = {
                 bits: sum(_with(plan.schemes[n], bits).packed_bytes(*shapes[n]) for n in names)
                 for bits in widths
             }
             weights = sum(shapes[n][0] * shapes[n][1] for n in names)
-            parts.append(Part(f"{number}.{place}", names, weights, sizes, {}))
+            parts.append(Part(f"{number}.{'+'.join(joined)}", names, weights, sizes, {}))
     return parts
+
+
+def _join(
+    places: list[Place], fused: list[list[str]], place_of: dict[str, Place]
+) -> list[list[Place]]:
+    """Places together that servers fuse linears of: all of an expert's need one scheme."""
+    joined = [[place] for place in places]
+    for names in fused:
+        touched = {place_of[name] for name in names}
+        together = [group for group in joined if touched & set(group)]
+        if len(together) > 1:
+            joined = [g for g in joined if g not in together]
+            joined.append([place for group in together for place in group])
+    return joined
 
 
 def measure(

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_models import save_model
 
 from quantkit import quantize
 from quantkit.allocation.allocate import find_target, parse_size, widths_for
@@ -56,6 +57,25 @@ def test_a_size_and_widths(tiny, text: Path, tmp_path: Path):
     assert {part["bits"] for part in report["allocation"]["parts"].values()} == {4, 8}
     tensors = Checkpoint(tmp_path / "out").tensors.values()
     assert 0.9 * limit < sum(tensor.bytes for tensor in tensors) <= limit
+
+
+def test_all_linears_of_experts_get_one_width(text: Path, tmp_path: Path):
+    source = save_model(tmp_path / "model", "mixtral")
+    report = quantize(
+        str(source),
+        "int4",
+        tmp_path / "out",
+        calib=str(text),
+        samples=2,
+        seqlen=64,
+        target_bits=4.7,
+    )
+    assert list(report["allocation"]["parts"])[:3] == ["0.qkv", "0.o", "0.gate_up+down"]
+    schemes = schemes_of(tmp_path / "out")
+    experts = {
+        scheme for name, scheme in schemes.items() if ".layers.0." in name and ".experts." in name
+    }
+    assert len(experts) == 1
 
 
 @pytest.mark.parametrize(
