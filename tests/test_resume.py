@@ -18,11 +18,13 @@ class Killed(BaseException):
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """All files; the report without its times."""
+    """All files; the report without its times, and not what is drawn from it."""
     found: dict[str, object] = {
         str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()
     }
     report = json.loads(found.pop("quantkit/report.json"))  # type: ignore[arg-type]
+    # Both are drawn from the report, and show its times.
+    del found["README.md"], found["quantkit/report.html"]
     return found | {"report": {k: v for k, v in report.items() if k not in ("seconds", "stages")}}
 
 

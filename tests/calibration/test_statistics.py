@@ -35,7 +35,7 @@ def test_keys_over_batches():
     keys = torch.randn(4, 2, 30, 16, generator=torch.Generator().manual_seed(2))
     stats = KeyStatistics()
     for part in keys:
-        stats.update(part[None])
+        stats.update(part[None], part[None], part[None])
     assert torch.equal(stats.absmax, keys.abs().amax((0, 2)))
     pairs = (keys[..., :8] ** 2 + keys[..., 8:] ** 2).sqrt().amax((0, 2))
     assert torch.allclose(stats.pairs, torch.cat([pairs, pairs], -1))

@@ -131,8 +131,8 @@ def test_recipes_and_settings(run: Run, model: Path, tmp_path: Path):
         run, "quantize", model, "-r", "int4", "--set", "weights.group_size=256"
     )
     bad = tmp_path / "bad.yaml"
-    bad.write_text("weights: {bits: 5}")
-    assert "weights.bits: 5 is not supported" in refused(run, "quantize", model, "-r", bad)
+    bad.write_text("weights: {bits: 9}")
+    assert "weights.bits: 9 is not supported" in refused(run, "quantize", model, "-r", bad)
     bad.write_bytes(b"\xff\xfe\x00")
     assert "bad.yaml" in refused(run, "quantize", model, "-r", bad)
 
