@@ -22,7 +22,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu and not serving'
 
 test-slow: setup
-	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu and not serving'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu and not serving'
 
 # With vLLM's CPU build in an environment of its own, whose interpreter $$QUANTKIT_VLLM_PYTHON names.
 test-serving: setup

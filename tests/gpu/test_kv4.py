@@ -140,7 +140,13 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize(("products", "bound"), [("exact", BOUND), ("fp8", 0.03)])
+# The interpreter takes seconds for a prompt: one kind of products will do by default, with one test of few queries.
+FP8 = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("products", "bound"), [("exact", BOUND), pytest.param("fp8", 0.03, marks=FP8)]
+)
 @pytest.mark.parametrize("shape", PROMPTS)
 def test_prompts(shape, products, bound, device, relative_error) -> None:
     """Chunks and whole prompts by the fused kernel, in caches with room left over."""
@@ -166,7 +172,7 @@ def test_prompts(shape, products, bound, device, relative_error) -> None:
     assert relative_error(found.float(), expected) < bound
 
 
-@pytest.mark.parametrize("products", ["exact", "fp8"])
+@pytest.mark.parametrize("products", ["exact", pytest.param("fp8", marks=FP8)])
 @pytest.mark.parametrize("split", [1, 4])
 def test_a_prompt_in_splits(split, products, device, relative_error) -> None:
     from quantkit.kernels.gpu import kv4_prefill
