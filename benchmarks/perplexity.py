@@ -3,11 +3,13 @@
     python benchmarks/perplexity.py
 
 Protocol gptq on the held-out sample, calibration on the bundled calibration text. Results go to
-benchmarks/results/perplexity.json with the versions and the processor.
+benchmarks/results/perplexity.json with the versions and the processor. `--recipes gptq,fireq` measures those
+anew and keeps the other rows.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import tempfile
@@ -32,6 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "perplexity.json"
 RUNS: list[tuple[str, list[str]]] = [
     ("int8", []),
     ("int4", []),
+    ("gptq", []),
     ("crossquant", []),
     ("crossquant-w4a8", []),
     ("fireq", []),
@@ -61,7 +64,14 @@ def measure(model: Any, tokens: torch.Tensor) -> float:
     return perplexity(model, tokens, SEQLEN).ppl
 
 
+DYNAMIC = "crossquant, the paper's dynamic form"
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description="The README's table of perplexities.")
+    parser.add_argument("--recipes", help="only these, separated by commas")
+    only = parser.parse_args().recipes
+    names = only.split(",") if only else [*(r for r, _ in RUNS), DYNAMIC]
     tokens = tokenize(load_tokenizer(bundled_path()), read_text("sample", split="test"))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -69,6 +79,8 @@ def main() -> None:
         original = {kind: measure(load(path), tokens) for kind, path in sources.items()}
         print(f"bf16: {original}", flush=True)
         for recipe, settings in RUNS:
+            if recipe not in names:
+                continue
             row: dict[str, Any] = {"recipe": recipe, "settings": settings}
             for kind, path in sources.items():
                 out, started = Path(name) / "out", time.perf_counter()
@@ -79,8 +91,12 @@ def main() -> None:
                 row["size"] = report["linear_bytes"]["after"] / report["linear_bytes"]["before"]
             rows.append(row)
             show(row)
-        rows.append(dynamic_form(sources, original, tokens))
-        show(rows[-1])
+        if DYNAMIC in names:
+            rows.append(dynamic_form(sources, original, tokens))
+            show(rows[-1])
+    if only and RESULTS.exists():
+        kept = json.loads(RESULTS.read_text())["rows"]
+        rows = sorted([r for r in kept if r["recipe"] not in names] + rows, key=place)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     machine = {
         "processor": platform.processor() or platform.machine(),
@@ -95,12 +111,18 @@ def main() -> None:
     )
 
 
+def place(row: dict[str, Any]) -> int:
+    """Where a row stands in the table."""
+    run = (row["recipe"], row["settings"])
+    return RUNS.index(run) if run in RUNS else len(RUNS)
+
+
 def dynamic_form(
     sources: dict[str, Path], original: dict[str, float], tokens: torch.Tensor
 ) -> dict[str, Any]:
     """CrossQuant W8A8 as its paper evaluates it, beside the folded one that is served."""
     row: dict[str, Any] = {
-        "recipe": "crossquant, the paper's dynamic form",
+        "recipe": DYNAMIC,
         "settings": [],
         "size": None,
     }

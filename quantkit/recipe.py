@@ -333,6 +333,12 @@ class Recipe(_Strict):
                 f"recipe {self.name}: nothing is left to quantize; see rules and ignore"
             )
         for layer in range(structure.num_layers):
+            head_dim = structure.layer(layer).attention.head_dim
+            if self.rope_scaling and max(self.rope_scaling.top_k) > head_dim:
+                raise QuantkitError(
+                    f"recipe {self.name}: rope_scaling.top_k {max(self.rope_scaling.top_k)}: layer {layer} has "
+                    f"heads of {head_dim}; FireQ takes 3"
+                )
             for fused in structure.layer(layer).fused:
                 # Experts' first and last linears may differ in rotation: no server has that.
                 found = {

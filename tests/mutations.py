@@ -244,7 +244,7 @@ def change_recipe(file: Path, recipe: dict[str, Any], choice: random.Random) -> 
     what = ""
     if kind in ("value", "key"):
         path = choice.choice(_paths(recipe))
-        if kind == "key":
+        if kind == "key" and isinstance(path[-1], str):
             path = (*path[:-1], "bitz")
         value = choice.choice(STRANGE)
         if isinstance(path[-1], int) or not any(isinstance(k, int) for k in path):

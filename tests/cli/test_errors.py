@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from interrupts import hear_interrupts
 
 from quantkit.cli import main as cli
 
@@ -129,6 +130,9 @@ def test_recipes_and_settings(run: Run, model: Path, tmp_path: Path):
     )
     assert "does not divide" in refused(
         run, "quantize", model, "-r", "int4", "--set", "weights.group_size=256"
+    )
+    assert "rope_scaling.top_k 1000" in refused(
+        run, "quantize", model, "-r", "fireq", "--set", "rope_scaling.top_k=1000"
     )
     bad = tmp_path / "bad.yaml"
     bad.write_text("weights: {bits: 9}")
@@ -290,7 +294,13 @@ def test_interrupted(tiny, text: Path, tmp_path: Path):
         str(out),
     ]
     command += ["--calib", str(text), "--samples", "150", "--seqlen", "128"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_interrupts,
+    )
     deadline = time.monotonic() + 60
     while not (out / ".unfinished").is_dir() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupts import hear_interrupts
 
 from quantkit import load, quantize
 from quantkit.cli import serve
@@ -67,14 +68,21 @@ def address(model: Path, tmp_path_factory) -> Iterator[str]:
     command = [sys.executable, "-m", "quantkit", "serve", str(model), "--host", "127.0.0.1"]
     cache = {"HF_HUB_CACHE": str(tmp_path_factory.mktemp("hub") / "not there")}
     with subprocess.Popen(
-        [*command, "--port", str(port)], stdout=subprocess.PIPE, text=True, env=os.environ | cache
+        [*command, "--port", str(port)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | cache,
+        preexec_fn=hear_interrupts,
     ) as process:
         assert process.stdout is not None
         first = process.stdout.readline()
         assert f"http://127.0.0.1:{port}/v1" in first
-        yield f"http://127.0.0.1:{port}/v1"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        try:
+            yield f"http://127.0.0.1:{port}/v1"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
 
 
 @pytest.mark.slow
