@@ -41,7 +41,7 @@ def command(
             server._thread.join(1)
     except KeyboardInterrupt:
         note("stopped")
-    # Its threads wait for clients that keep a connection or never read their answer: nothing is lost by leaving them.
+    # Once a client has left amid its answer, transformers' server does not end by itself; it holds nothing to lose.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
