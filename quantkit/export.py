@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from quantkit.calibration.data import BUNDLED_CALIBRATION
+from quantkit.calibration.sources import BUNDLED_CALIBRATION
 from quantkit.errors import InternalError, QuantkitError
 from quantkit.formats.bits import unpack
 from quantkit.formats.checkpoint import Checkpoint, read_json

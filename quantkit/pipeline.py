@@ -22,7 +22,8 @@ from quantkit.allocation.allocate import (
 )
 from quantkit.calibration.activations import Activations
 from quantkit.calibration.curvature import output_curvature
-from quantkit.calibration.data import BUNDLED_CALIBRATION, CalibrationSet, calibration_blocks
+from quantkit.calibration.data import CalibrationSet, calibration_blocks
+from quantkit.calibration.sources import check_sources, named_samples
 from quantkit.calibration.stream import LayerStream, observe
 from quantkit.device import find_device
 from quantkit.errors import InternalError, QuantkitError
@@ -57,7 +58,7 @@ def quantize(
     recipe: str | Recipe,
     output: str | Path | None = None,
     *,
-    calib: str = BUNDLED_CALIBRATION,
+    calib: str | None = None,
     samples: int | None = None,
     seqlen: int | None = None,
     device: str = "cpu",
@@ -77,8 +78,9 @@ def quantize(
         model: a folder, a hub id, or `llama`, the bundled model.
         recipe: a name, the path of a YAML file, or a Recipe.
         output: where to; `./<model>-<recipe>` if left out.
-        calib: the calibration text: `bundled`, `wikitext`, or a UTF-8 file.
-        samples, seqlen: calibration blocks and their tokens; the recipe's if left out.
+        calib: the calibration data: `bundled`, `wikitext`, `c4`, `pile-val`, `ultrachat`, a text, .jsonl, .json or
+            .parquet file, or a mixture `NAME:64,NAME:64`; the recipe's if left out.
+        samples, seqlen: calibration blocks and their tokens; the mixture's or the recipe's if left out.
         device: where layers are run and solved, `cpu` or `cuda`.
         overrides: `path=value` changes of the recipe (not with a Recipe object).
         seed: of the choice of calibration blocks.
@@ -101,6 +103,11 @@ def quantize(
     """
     if isinstance(recipe, str):
         recipe = Recipe.load(recipe, overrides)
+    if calib is None:
+        calib = recipe.calibration.source
+    elif samples is None:
+        samples = named_samples(calib)
+    check_sources(calib)
     where = find_device(device)
     for name, value in (("samples", samples), ("seqlen", seqlen)):
         if value is not None and value < (1 if name == "samples" else 2):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from quantkit.calibration.sources import BUNDLED_CALIBRATION, named_samples
 from quantkit.errors import QuantkitError
 from quantkit.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat
 from quantkit.methods.hadamard import known_block, widest_block
@@ -178,8 +179,25 @@ class Refine(_Strict):
 
 
 class Calibration(_Strict):
+    """What `--calib`, `--samples` and `--seqlen` say where they are left out.
+
+    `samples` is a mixture's sum where it is left out.
+    """
+
+    source: str = BUNDLED_CALIBRATION
     samples: int = Field(default=64, gt=0)
     seqlen: int = Field(default=512, gt=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sum(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("source"), str):
+            return data
+        try:
+            named = named_samples(data["source"])
+        except QuantkitError as error:
+            raise ValueError(f"source: {error}") from None
+        return ({"samples": named} if named else {}) | data
 
 
 class Rule(_Strict):

@@ -87,6 +87,27 @@ def test_another_runs_state_is_not_used(tiny, text, tmp_path: Path, monkeypatch)
     assert contents(out) == contents(tmp_path / "other")
 
 
+def test_changed_records_of_a_mixture_are_another_run(tiny, text, tmp_path: Path, monkeypatch):
+    out, data = tmp_path / "out", tmp_path / "a.jsonl"
+
+    def once() -> None:
+        quantize(str(tiny()), "fireq", out, calib=f"{text}:6,{data}:2", seqlen=64)
+
+    data.write_text("".join(json.dumps({"text": f"record {n}"}) + "\n" for n in range(100)))
+    with monkeypatch.context() as patched:
+        kill_after(patched, 1)
+        with pytest.raises(Killed):
+            once()
+    before = data.read_text()
+    data.write_text(before.replace("record", "reword"))
+    with pytest.raises(QuantkitError, match=r"another run .calibration.sha256"):
+        once()
+    data.write_text(before)
+    once()
+    found = json.loads((out / "config.json").read_text())["quantization_config"]["quantkit"]
+    assert [part["samples"] for part in found["calibration"]["sources"]] == [6, 2]
+
+
 def test_a_changed_model_is_another_run(tiny, tmp_path: Path, monkeypatch):
     model = Path(shutil.copytree(tiny(), tmp_path / "model"))
     with monkeypatch.context() as patched:

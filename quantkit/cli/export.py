@@ -41,7 +41,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Rewrite a checkpoint for stock servers: no INT4 cache, no online rotation; say what it costs."""
-    from quantkit.calibration.data import BUNDLED_CALIBRATION
+    from quantkit.calibration.sources import BUNDLED_CALIBRATION
     from quantkit.export import export, record
 
     if limit < 0:

@@ -30,10 +30,19 @@ def command(
         str | None, typer.Option("--output", "-o", help="Folder; ./<model>-<recipe> if left out.")
     ] = None,
     calib: Annotated[
-        str | None, typer.Option(help="Calibration text: bundled, wikitext, or a UTF-8 file.")
+        str | None,
+        typer.Option(
+            help="Calibration data: bundled, wikitext, c4, pile-val, ultrachat (the last four through `datasets`), a "
+            "text, .jsonl, .json or .parquet file, or a mixture with samples from each: c4:64,chats.jsonl:64. "
+            "Conversations go through the model's chat template. The recipe's if left out."
+        ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Calibration blocks; the recipe's if left out.")
+        int | None,
+        typer.Option(
+            help="Calibration blocks: windows of a text, or records laid end to end. The recipe's, or a mixture's sum, "
+            "if left out; given, a mixture's numbers are shares of it."
+        ),
     ] = None,
     seqlen: Annotated[
         int | None, typer.Option(help="Tokens in a block; the recipe's if left out.")
@@ -71,7 +80,7 @@ def command(
 ) -> None:
     """Quantize a checkpoint into a packed one."""
     from quantkit import hub
-    from quantkit.calibration.data import BUNDLED_CALIBRATION
+    from quantkit.calibration.sources import BUNDLED_CALIBRATION
     from quantkit.models.names import BUNDLED
     from quantkit.pipeline import quantize
     from quantkit.recipe import Recipe
@@ -83,16 +92,20 @@ def command(
         note(
             "llama: the small Llama that comes with quantkit; name a folder or a hub id to quantize another"
         )
-    elif calib is None and (resolved.needs_calibration or target_bits or target_size):
+    elif (
+        calib is None
+        and resolved.calibration.source == BUNDLED_CALIBRATION
+        and (resolved.needs_calibration or target_bits or target_size)
+    ):
         note(
-            "calibrating on the bundled King James text; --calib wikitext, or a file, suits other models better"
+            "calibrating on the bundled King James text; --calib c4, or a file, suits other models better"
         )
     with progress_bar() as progress:
         report = quantize(
             model,
             resolved,
             output,
-            calib=calib or BUNDLED_CALIBRATION,
+            calib=calib,
             samples=samples,
             seqlen=seqlen,
             device=device,

@@ -98,13 +98,22 @@ class Facts:
             return False
 
     @property
+    def calibration_name(self) -> str:
+        """What it was calibrated on, files without their folders."""
+        data = self.report["calibration"]
+        sources = data.get("sources", [])
+        if len(sources) < 2:
+            return Path(str(data["name"])).name
+        return ",".join(f"{Path(each['name']).name}:{each['samples']}" for each in sources)
+
+    @property
     def command(self) -> str:
         """What makes this output again."""
         recipe = self.recipe_name if self.is_named_recipe else "recipe.yaml"
         words = ["quantkit quantize", self.base, "--recipe", recipe]
         data = self.report.get("calibration")
         if data:
-            words += ["--calib", Path(str(data["name"])).name]
+            words += ["--calib", self.calibration_name]
             words += [f"--samples {data['samples']} --seqlen {data['seqlen']}"]
             words += [f"--seed {data['seed']}"] if data.get("seed") else []
         return " ".join(words)

@@ -154,6 +154,18 @@ def test_calibration(run: Run, model: Path, tmp_path: Path, text: Path):
     assert "not UTF-8" in calibrate("--calib", latin)
     assert "only 17 tokens" in calibrate("--calib", short, "--seqlen", 64)
     assert "use --samples 302" in calibrate("--calib", text, "--samples", 400, "--seqlen", 64)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a"}\n{"text"\n')
+    assert "broken.jsonl, line 2: not valid JSON" in calibrate("--calib", broken)
+    broken.write_text('{"question": "a"}\n')
+    assert "line 1: none of the fields" in calibrate("--calib", broken)
+    broken.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    assert "has no chat template" in calibrate("--calib", broken)
+    assert "did you mean ultrachat" in calibrate("--calib", "ultrachatt")
+    assert "'x' is no number of samples" in calibrate("--calib", f"{text}:x")
+    assert "pile-val: mit-han-lab/pile-val-backup is not to be had" in calibrate(
+        "--calib", "pile-val"
+    )
     assert "--samples 0" in calibrate("--samples", 0)
     assert "at most 256 tokens" in calibrate("--seqlen", 257)
     assert "wikitext" in calibrate("--calib", "wikitext")
