@@ -1,19 +1,25 @@
-"""Train the small Llama that ships in ``quantkit/assets/llama``, from the text to the checkpoint.
+"""Train a small model: the Llama that ships in ``quantkit/assets/llama``, or one of another kind like it.
 
 The text is the King James Bible as Debian's ``bible-kjv`` package prints it. Every 19th
-chapter is held out; the tokenizer and the model see the others only.
+chapter is held out; the tokenizer and the models see the others only.
 
-    python examples/train_bundled_llama.py             # text, tokenizer, model, perplexity
-    python examples/train_bundled_llama.py --evaluate  # only the perplexity of what is there
+    python examples/train_small_model.py                             # text, tokenizer, Llama, perplexity
+    python examples/train_small_model.py --kind qwen2 --out qwen2    # goes on from the Llama: a few minutes
+    python examples/train_small_model.py --kind opt --out opt        # its embeddings alone: half an hour
+    python examples/train_small_model.py --evaluate                  # only the perplexity of what is there
+
+The other kinds take the bundled tokenizer and, of the bundled Llama, every tensor that fits.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -28,8 +34,12 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
-    LlamaForCausalLM,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -53,11 +63,21 @@ BOOKS = (
 )
 
 
+class Kind(str, Enum):
+    """Which decoder: `qwen2` has biases at q, k and v, `qwen3` norms at q and k; `opt` has LayerNorms, biases
+    everywhere, learned positions and a ReLU."""
+
+    llama = "llama"
+    qwen2 = "qwen2"
+    qwen3 = "qwen3"
+    opt = "opt"
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What a training run is made of; the defaults made the bundled checkpoint."""
+    """What a training run is made of."""
 
-    epochs: int
+    epochs: float
     minutes: float
     batch: int
     matrix_lr: float
@@ -65,6 +85,15 @@ class Settings:
     weight_decay: float
     dropout: float
     seed: int
+
+
+# The bundled checkpoint's settings, and what differs for those that go on from it.
+DEFAULTS = {
+    Kind.llama: {"epochs": 20.0, "minutes": 53.0, "matrix_lr": 5e-3},
+    Kind.qwen2: {"epochs": 0.6, "minutes": 15.0, "matrix_lr": 1.5e-3},
+    Kind.qwen3: {"epochs": 1.0, "minutes": 20.0, "matrix_lr": 3e-3},
+    Kind.opt: {"epochs": 3.0, "minutes": 35.0, "matrix_lr": 5e-3},
+}
 
 
 def read_chapters() -> list[str]:
@@ -122,33 +151,49 @@ def train_tokenizer(chapters: list[str], vocab_size: int) -> PreTrainedTokenizer
     return fast
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama with grouped-query attention whose bf16 weights stay below 10,000,000 bytes."""
-    torch.manual_seed(seed)
-    special_ids = {
-        f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")
+def build_config(kind: Kind, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    """Shapes whose bf16 weights stay about 10,000,000 bytes; grouped-query attention but for OPT."""
+    common = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+    common |= {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 256,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "max_position_embeddings": WINDOW,
+        "tie_word_embeddings": True,
     }
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=WINDOW,
-        tie_word_embeddings=True,
-        **special_ids,
-    )
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
+    if kind is Kind.opt:
+        return OPTConfig(**common, ffn_dim=1024, word_embed_proj_dim=256, dropout=0.0)
+    classes = {Kind.llama: LlamaConfig, Kind.qwen2: Qwen2Config, Kind.qwen3: Qwen3Config}
+    return classes[kind](**common, intermediate_size=768, num_key_value_heads=2, head_dim=64)
+
+
+def build_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A model with drawn weights that generates greedily."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    ids = {f"{n}_token_id": getattr(config, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+    model.generation_config = GenerationConfig(do_sample=False, **ids)
     return model
 
 
-def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
+def take_over(model: PreTrainedModel) -> None:
+    """The bundled Llama's tensors, where name and shape fit; its embeddings in any case."""
+    source = AutoModelForCausalLM.from_pretrained(ASSETS / "llama", dtype=torch.float32)
+    own = model.state_dict()
+    fitting = {
+        name: value
+        for name, value in source.state_dict().items()
+        if name in own and own[name].shape == value.shape
+    }
+    model.load_state_dict(fitting, strict=False)
+    model.get_input_embeddings().load_state_dict(source.get_input_embeddings().state_dict())
+
+
+def add_dropout(model: PreTrainedModel, rate: float) -> None:
     """Drop parts of the embeddings and of every branch's output while training.
 
-    Hooks, because Llama has no such dropout of its own and the checkpoint must stay a plain Llama.
+    Hooks, because Llama has no such dropout of its own and the checkpoint must stay a plain one.
     """
 
     def hook(module: nn.Module, _: object, output: Tensor | tuple) -> Tensor | tuple:
@@ -158,11 +203,10 @@ def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
             return (nn.functional.dropout(output[0], rate), *output[1:])
         return nn.functional.dropout(output, rate)
 
-    model.model.embed_tokens.register_forward_hook(hook)
-    model.model.norm.register_forward_hook(hook)
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_hook(hook)
-        layer.mlp.register_forward_hook(hook)
+    branches = ("embed_tokens", "self_attn", "mlp", "fc2", "model.norm", "decoder.final_layer_norm")
+    for name, module in model.named_modules():
+        if name.endswith(branches):
+            module.register_forward_hook(hook)
 
 
 def training_batches(
@@ -206,30 +250,30 @@ def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Op
     ]
 
 
-def save(model: LlamaForCausalLM, folder: Path) -> None:
+def save(model: PreTrainedModel, folder: Path) -> None:
     """Write the weights as bf16, in one file."""
-    copy = LlamaForCausalLM(model.config)
+    copy = AutoModelForCausalLM.from_config(model.config)
     copy.load_state_dict(model.state_dict())
     copy.generation_config = model.generation_config
     copy.to(torch.bfloat16).save_pretrained(folder)
 
 
 def train(
-    model: LlamaForCausalLM, chapters: list[Tensor], held_out: Tensor, out: Path, settings: Settings
+    model: PreTrainedModel, chapters: list[Tensor], held_out: Tensor, out: Path, settings: Settings
 ) -> None:
     """Train within the time limit; the averaged weights are saved after every epoch."""
     rng = random.Random(settings.seed)
     add_dropout(model, settings.dropout)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.98))
     optimizers = make_optimizers(model, settings)
-    total = sum(c.numel() for c in chapters) // WINDOW // settings.batch * settings.epochs
+    total = round(sum(map(len, chapters)) // WINDOW // settings.batch * settings.epochs)
     began, step = time.monotonic(), 0
 
     def progress() -> float:
         return max(step / total, (time.monotonic() - began) / 60 / settings.minutes)
 
     schedulers = [LambdaLR(o, lambda _: schedule(progress())) for o in optimizers]
-    for epoch in range(settings.epochs + 1):
+    for epoch in itertools.count():
         total_loss, batches = 0.0, 0
         for ids in training_batches(chapters, model.config.bos_token_id, settings.batch, rng):
             if progress() >= 1:
@@ -261,50 +305,81 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str, bos: bool) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=bos, verbose=False)["input_ids"])
 
 
-def report(out: Path) -> None:
-    """Perplexity of the saved checkpoint, and how it goes on from a prompt."""
-    tokenizer = AutoTokenizer.from_pretrained(out / "llama")
-    model = AutoModelForCausalLM.from_pretrained(out / "llama", dtype=torch.bfloat16)
-    ids = encode(tokenizer, (out / "texts" / "sample.txt").read_text(encoding="utf-8"), True)
-    size = (out / "llama" / "model.safetensors").stat().st_size
+def report(folder: Path, text: str) -> None:
+    """Perplexity of a saved checkpoint, and how it goes on from a prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = encode(tokenizer, text, True)
+    size = (folder / "model.safetensors").stat().st_size
     print(f"{model.num_parameters():,} parameters, {size:,} bytes, {ids.numel():,} tokens")
     print(f"held-out perplexity (bf16): {perplexity(model, ids, WINDOW).ppl:.3f}")
     prompt = tokenizer("In the beginning", return_tensors="pt", return_token_type_ids=False)
     print(tokenizer.decode(model.generate(**prompt, max_new_tokens=30)[0]))
 
 
+def make_texts(training: list[str], held_out: list[str], folder: Path) -> None:
+    """The texts that ship with the package: what to calibrate on, what to measure on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    calibration = training[CALIBRATION_EVERY // 2 :: CALIBRATION_EVERY]
+    for name, chapters in {"sample": held_out, "calibration": calibration}.items():
+        (folder / f"{name}.txt").write_text("".join(chapters), encoding="utf-8")
+
+
 def main(
-    out: Annotated[Path, typer.Option(help="Folder that gets llama/ and texts/.")] = ASSETS,
+    kind: Annotated[Kind, typer.Option(help="Which decoder.")] = Kind.llama,
+    out: Annotated[
+        Path,
+        typer.Option(help="The checkpoint's folder; for llama one that gets llama/ and texts/."),
+    ] = ASSETS,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Do not train.")] = False,
-    epochs: Annotated[int, typer.Option(help="Passes over the training text.")] = 20,
-    minutes: Annotated[float, typer.Option(help="Time limit; the schedule ends with it.")] = 53.0,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training text.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Time limit; the schedule ends with it.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Windows of 512 tokens per step.")] = 8,
-    matrix_lr: Annotated[float, typer.Option(help="Learning rate of Muon.")] = 5e-3,
+    matrix_lr: Annotated[float | None, typer.Option(help="Learning rate of Muon.")] = None,
     other_lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 3e-3,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of the matrices.")] = 0.2,
     dropout: Annotated[float, typer.Option(help="Dropout rate of every branch.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Seed of weights, order and dropout.")] = 0,
 ) -> None:
-    """Build the bundled texts, tokenizer and model."""
+    """Build a small model; for llama its texts and tokenizer too."""
     disable_progress_bar()
+    if kind is not Kind.llama and out == ASSETS:
+        raise typer.BadParameter("name a folder for this kind", param_hint="--out")
+    folder = out / "llama" if kind is Kind.llama else out
+    texts = (out if kind is Kind.llama else ASSETS) / "texts"
     if not evaluate:
         training, held_out = split_chapters(read_chapters())
-        tokenizer = train_tokenizer(training, 4096)
-        tokenizer.save_pretrained(out / "llama")
-        sample = "".join(held_out)
-        calibration = "".join(training[CALIBRATION_EVERY // 2 :: CALIBRATION_EVERY])
-        (out / "texts").mkdir(parents=True, exist_ok=True)
-        (out / "texts" / "sample.txt").write_text(sample, encoding="utf-8")
-        (out / "texts" / "calibration.txt").write_text(calibration, encoding="utf-8")
+        if kind is Kind.llama:
+            tokenizer = train_tokenizer(training, 4096)
+            make_texts(training, held_out, texts)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(ASSETS / "llama")
+        tokenizer.save_pretrained(folder)
+        config = build_config(kind, tokenizer)
+        config.save_pretrained(folder)
+        # transformers may read it as another class beside this config: Qwen2's splits digits.
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = build_model(config, seed)
+        if kind is not Kind.llama:
+            take_over(model)
         chapters = [encode(tokenizer, chapter, False) for chapter in training]
-        sizes = [encode(tokenizer, text, False).numel() for text in (sample, calibration)]
-        print(f"tokens: training {sum(map(len, chapters)):,}, held out, calibration: {sizes}")
-        model = build_model(tokenizer, seed)
+        sample = encode(tokenizer, "".join(held_out), True)
+        print(f"tokens: training {sum(map(len, chapters)):,}, held out {len(sample):,}")
+        default = DEFAULTS[kind]
         settings = Settings(
-            epochs, minutes, batch, matrix_lr, other_lr, weight_decay, dropout, seed
+            default["epochs"] if epochs is None else epochs,
+            default["minutes"] if minutes is None else minutes,
+            batch,
+            default["matrix_lr"] if matrix_lr is None else matrix_lr,
+            other_lr,
+            weight_decay,
+            dropout,
+            seed,
         )
-        train(model, chapters, encode(tokenizer, sample, True), out / "llama", settings)
-    report(out)
+        train(model, chapters, sample, folder, settings)
+    report(folder, (texts / "sample.txt").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
