@@ -45,7 +45,7 @@ def encode(
     y, K, LEVELS, FACTOR, FORM: tl.constexpr, BY_HAND: tl.constexpr, INTERPRET: tl.constexpr
 ):
     """A row of K float32 numbers, of any shape, padded with zeros -> (codes as uint8, scale)."""
-    scale = _scale(_measure(y, FORM), K, LEVELS, FACTOR, FORM)
+    scale = _scale(_measure(y, FORM, INTERPRET), K, LEVELS, FACTOR, FORM)
     return _codes(y, scale, LEVELS, FORM, BY_HAND, INTERPRET), scale
 
 
@@ -56,10 +56,14 @@ def _larger(a, b):
 
 
 @triton.jit
-def _measure(y, FORM: tl.constexpr):
+def _measure(y, FORM: tl.constexpr, INTERPRET: tl.constexpr):
     """What a scale is made of: the sum of squares, or the largest magnitude."""
     if FORM == 2:
         return tl.sum(y * y, axis=None)
+    elif INTERPRET:
+        # The interpreter calls a function of ours for every number, and its own maximum passes over NaN.
+        lost = tl.sum((y != y).to(tl.int32), axis=None) > 0
+        return tl.where(lost, float("nan"), tl.max(tl.abs(y), axis=None))
     else:
         return tl.reduce(tl.abs(y), None, _larger)
 
@@ -228,7 +232,7 @@ def long_rows_kernel(
             tl.store(y_out + column, value.to(dtype), mask=inside)
         elif BEFORE == 2:
             value = _gated(value, x, column, inside, K, dtype, INTERPRET)
-        part = _measure(value, FORM)
+        part = _measure(value, FORM, INTERPRET)
         measure = measure + part if FORM == 2 else _larger(measure, part)
     scale = _scale(measure, K, LEVELS, FACTOR, FORM)
     for start in range(0, K, BLOCK):

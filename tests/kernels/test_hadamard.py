@@ -68,7 +68,7 @@ def test_bad_input() -> None:
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("block", [12, 96, 1536, 3584])
+@pytest.mark.parametrize("block", [12, 96, 896, 1536])
 def test_known_orders(block: int, relative_error) -> None:
     x = torch.randn(3, 2 * block)
     matrix = hadamard_matrix(block, torch.device("cpu")).double()

@@ -29,8 +29,22 @@ def logits(model, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens, use_cache=False).logits
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-@pytest.mark.parametrize("recipe", recipe_names())
+# Every recipe, and every architecture with one recipe for each kind of fused layer; the rest is slow.
+_KINDS = ("fireq", "crossquant", "quest-hadamard")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model_type"),
+    [
+        pytest.param(
+            recipe,
+            model_type,
+            marks=() if model_type == "llama" or recipe in _KINDS else pytest.mark.slow,
+        )
+        for recipe in recipe_names()
+        for model_type in ARCHITECTURES
+    ],
+)
 def test_fused_equals_single(quantized, recipe: str, model_type: str):
     folder = quantized(recipe, model_type)
     fused, single = (load(folder, dtype=torch.float32, fused=f) for f in (True, False))
@@ -152,7 +166,7 @@ def test_stacking_keeps_every_row_and_a_missing_bias():
     assert torch.equal(stack([first, second])(x), want)
 
 
-@pytest.mark.parametrize("recipe", ["fireq", "crossquant", "quest-hadamard", "int4"])
+@pytest.mark.parametrize("recipe", ["fireq", "crossquant"])
 def test_compiled_decode_equals_eager(quantized, recipe: str):
     """One graph without breaks over a static cache: what CUDA graphs need."""
     from transformers import StaticCache
