@@ -20,6 +20,7 @@ def _reference(
     bias: torch.Tensor | None = None,
     bits: int = 8,
     block: int = 128,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y [..., N] = step * ((n_x + 1/2) @ ((n_w + 1/2) * scale)^T) + bias in x's dtype.
 
@@ -34,6 +35,7 @@ def _reference(
         bias: [N] or None.
         bits: of the activations, 1 to 8.
         block: of the rotation, a power of two that divides K.
+        residual: [..., N], added to the rounded output, or None.
 
     Raises:
         ValueError: the shapes do not fit together, or bits or block is out of range.
@@ -41,7 +43,7 @@ def _reference(
     codes, step = quantize_half.reference(hadamard.reference(x.float(), block), bits)
     dense = int4_weight.dequantize(weight, scale, torch.float32, half=True)
     y = (codes.reshape(-1, x.shape[-1]).float() + 0.5) @ dense.t()
-    return int4_weight.finish(y, step, bias, (*x.shape[:-1], len(dense)), x.dtype)
+    return int4_weight.finish(y, step, bias, (*x.shape[:-1], len(dense)), x.dtype, residual)
 
 
 def _cpu(
@@ -51,16 +53,17 @@ def _cpu(
     bias: torch.Tensor | None = None,
     bits: int = 8,
     block: int = 128,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     codes, step = hadamard_quantize(x, "half", bits, block)
     fused = linear.int4(codes, weight, scale, step, bias, x.dtype, half=True)
     if fused is not None:
-        return fused
+        return int4_weight.last(fused, residual, False, x.dtype)
     # n + 1/2 = (2n + 1) / 2 has at most eight significant bits: exact in bf16.
     wide = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
     values = codes.reshape(-1, x.shape[-1]).to(wide) + 0.5
     y = int4_weight.matmul(values, weight, scale, half=True)
-    return int4_weight.finish(y, step, bias, (*x.shape[:-1], len(weight)), x.dtype)
+    return int4_weight.finish(y, step, bias, (*x.shape[:-1], len(weight)), x.dtype, residual)
 
 
 def _triton(
@@ -70,13 +73,15 @@ def _triton(
     bias: torch.Tensor | None = None,
     bits: int = 8,
     block: int = 128,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     from .gpu.linear import int4
 
     codes, step = hadamard_quantize(x, "half", bits, block)
     return int4(
-        "hadamard_int4_linear", codes, weight, scale, step, bias, x.dtype, half_integer=True
-    )
+        "hadamard_int4_linear", codes, weight, scale, step, bias, x.dtype,
+        half_integer=True, residual=residual,
+    )  # fmt: skip
 
 
 def _supports(
@@ -86,6 +91,7 @@ def _supports(
     bias: torch.Tensor | None = None,
     bits: int = 8,
     block: int = 128,
+    residual: torch.Tensor | None = None,
 ) -> bool:
     return int4_weight.for_gpu(weight, scale, torch.int8)
 
@@ -97,8 +103,10 @@ def _check(
     bias: torch.Tensor | None = None,
     bits: int = 8,
     block: int = 128,
+    residual: torch.Tensor | None = None,
 ) -> None:
     int4_weight.check(x, weight, scale, bias)
+    int4_weight.check_last(x, len(weight), residual)
     check_hadamard(x, block)
     if bits not in GAUSSIAN_CLIP:
         raise ValueError(f"bits must be 1 to 8, got {bits}")
@@ -111,6 +119,7 @@ def _fake(
     bias: torch.Tensor | None = None,
     bits: int = 8,
     block: int = 128,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 

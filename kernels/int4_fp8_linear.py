@@ -40,7 +40,7 @@ def _reference(
         bias: [N] or None.
         out_dtype: the output's.
         products: "exact" or "fp8".
-        residual: [..., N], added last, or None.
+        residual: [..., N], added to the rounded output, or None.
         gate: weight rows [0, N / 2) are a gate, the others what it multiplies: the output is
             [..., N / 2] = silu(first half) * second half (+ residual of that shape).
 
@@ -90,10 +90,9 @@ def _cpu(
     gate: bool = False,
 ) -> torch.Tensor:
     if products == "exact":
-        plain = residual is None and not gate
-        fused = linear.int4(x8, weight, scale, x_scale, bias, out_dtype if plain else torch.float32)
+        fused = linear.int4(x8, weight, scale, x_scale, bias, torch.float32 if gate else out_dtype)
         if fused is not None:
-            return fused if plain else int4_weight.last(fused, residual, gate, out_dtype)
+            return int4_weight.last(fused, residual, gate, out_dtype)
     # FP8 values are exact in bf16; a float32 result needs float32 partial sums.
     wide = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
 

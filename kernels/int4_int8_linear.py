@@ -31,7 +31,7 @@ def _reference(
         scale: [N, G] for groups of K / G inputs ([N, 1]: per channel), or [G, N, 2].
         bias: [N] or None.
         out_dtype: the output's.
-        residual: [..., N], added last, or None.
+        residual: [..., N], added to the rounded output, or None.
         gate: weight rows [0, N / 2) are a gate, the others what it multiplies: the output is
             [..., N / 2] = silu(first half) * second half (+ residual of that shape).
 
@@ -60,10 +60,9 @@ def _cpu(
     gate: bool = False,
 ) -> torch.Tensor:
     # INT8 values are exact in bf16; a float32 result needs float32 partial sums.
-    plain = residual is None and not gate
-    fused = linear.int4(xq, weight, scale, x_scale, bias, out_dtype if plain else torch.float32)
+    fused = linear.int4(xq, weight, scale, x_scale, bias, torch.float32 if gate else out_dtype)
     if fused is not None:
-        return fused if plain else int4_weight.last(fused, residual, gate, out_dtype)
+        return int4_weight.last(fused, residual, gate, out_dtype)
     wide = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
     y = int4_weight.matmul(xq.reshape(-1, xq.shape[-1]).to(wide), weight, scale)
     return int4_weight.finish(

@@ -24,7 +24,7 @@ def _reference(
         weight: int32 [N, K / 8] as stored, or uint8 [N, K / 2] from `int4pack.repack`.
         scale: [N, G] for groups of K / G inputs ([N, 1]: per channel), or [G, N, 2].
         bias: [N] or None.
-        residual: [..., N], added last, or None.
+        residual: [..., N], added to the rounded output, or None.
         gate: weight rows [0, N / 2) are a gate, the others what it multiplies: the output is
             [..., N / 2] = silu(first half) * second half (+ residual of that shape).
 
@@ -44,10 +44,9 @@ def _cpu(
     residual: torch.Tensor | None = None,
     gate: bool = False,
 ) -> torch.Tensor:
-    plain = residual is None and not gate
-    fused = linear.int4(x, weight, scale, None, bias, x.dtype if plain else torch.float32)
+    fused = linear.int4(x, weight, scale, None, bias, torch.float32 if gate else x.dtype)
     if fused is not None:
-        return fused if plain else int4_weight.last(fused, residual, gate, x.dtype)
+        return int4_weight.last(fused, residual, gate, x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     # Half precision has no native product and a small range: float32 serves it.
     rows = rows if x.dtype == torch.bfloat16 else rows.float()

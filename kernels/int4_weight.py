@@ -169,10 +169,13 @@ def finish(
 def last(
     y: torch.Tensor, residual: torch.Tensor | None, gate: bool, dtype: torch.dtype
 ) -> torch.Tensor:
-    """y [..., N] -> with `gate` silu(first half) * second half; + residual; in float32, as `dtype`."""
+    """y [..., N] -> with `gate` silu(first half) * second half; + residual; in float32, as `dtype`.
+
+    The output is rounded to `dtype` before the residual is added: what an addition after the op gives.
+    """
     if gate:
         first, second = y.float().chunk(2, dim=-1)
         y = F.silu(first) * second
     if residual is not None:
-        y = y.float() + residual.float()
+        y = y.to(dtype).float() + residual.float()
     return y.to(dtype)

@@ -29,7 +29,7 @@ def _reference(
         scale: [N, 1], one per output channel.
         bias: [N] or None.
         out_dtype: the output's.
-        residual: [..., N], added last, or None.
+        residual: [..., N], added to the rounded output, or None.
         gate: weight rows [0, N / 2) are a gate, the others what it multiplies: the output is
             [..., N / 2] = silu(first half) * second half (+ residual of that shape).
 
@@ -52,10 +52,9 @@ def _cpu(
     residual: torch.Tensor | None = None,
     gate: bool = False,
 ) -> torch.Tensor:
-    plain = residual is None and not gate
-    fused = linear.int8(xq, weight, scale, x_scale, bias, out_dtype if plain else torch.float32)
+    fused = linear.int8(xq, weight, scale, x_scale, bias, torch.float32 if gate else out_dtype)
     if fused is not None:
-        return fused if plain else int4_weight.last(fused, residual, gate, out_dtype)
+        return int4_weight.last(fused, residual, gate, out_dtype)
     sums = torch._int_mm(xq.reshape(-1, xq.shape[-1]).contiguous(), weight.t())
     shape = (*xq.shape[:-1], len(weight))
     return _finish(sums, x_scale, scale, bias, shape, out_dtype, residual, gate)

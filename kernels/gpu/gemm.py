@@ -13,7 +13,7 @@ shared memory, where the activations are anyway. And M may be as small as 8.
                            |
         split-K: float32 partial sums; the program that comes last adds them up in a fixed order
                            |
-             x row scale [BM] + bias [BN], SiLU(gate) * up, + residual -> y [M, N]
+             x row scale [BM] + bias [BN], SiLU(gate) * up, rounded, + residual -> y [M, N]
 
 Group scales are applied to a group's sum, so that nothing is rounded before float32 (but for ROUNDED).
 """
@@ -270,5 +270,7 @@ def _finish(
     inside = (column < width)[:, None] & inside_m[None, :]
     at = rows.to(tl.int64)[None, :] * width + column[:, None]
     if RESIDUAL:
+        # Rounded before it is added: the same as an addition behind the product.
+        total = round_to(total, dtype, INTERPRET)
         total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + at, round_to(total, dtype, INTERPRET).to(dtype), mask=inside)

@@ -55,7 +55,7 @@ def int4(
         row_scale: float32 [..., 1] or None.
         bias: [N] or None.
         products: "exact": group scales on float32 sums; "fp8": e4m3(q * scale), see `int4_fp8_linear`.
-        residual: [..., N] (with `gate` [..., N / 2]), added last; or None.
+        residual: [..., N] (with `gate` [..., N / 2]), added to the rounded output; or None.
         gate: rows [0, N / 2) of the weight are a gate, the others the values that it multiplies.
         config: instead of the tuned one.
 
@@ -324,6 +324,12 @@ def builds() -> Iterator[Build]:
     yield _build(
         "int4_gemm[fp8, M2048, gate]", FLOAT8, _TYPES[FLOAT8], 2048, groups=True, gate=True
     )
+    for kind, m in ((FLOAT8, 16), (FLOAT8, 2048), (HALF, 64), (HALF_INTEGER, 2048)):
+        name = f"int4_gemm[{names[kind]}, M{m}, residual]"
+        yield _build(name, kind, _TYPES[kind], m, groups=True, residual=True)
+    yield _build(
+        "int8_gemm[M2048, residual]", DENSE, _TYPES[DENSE], 2048, groups=False, residual=True
+    )
     for kind in (FLOAT8, INTEGER):
         for m in (16, 2048):
             name = f"int4_gemm[{names[kind]} per channel, M{m}]"
@@ -340,6 +346,7 @@ def _build(
     m: int,
     groups: bool,
     gate: bool = False,
+    residual: bool = False,
     capability: int = 9,
 ) -> Build:
     size, k = 128, 4096
@@ -351,7 +358,7 @@ def _build(
         "residual": "*bf16", "y": "*bf16", "partial": "*fp32", "tickets": "*i32", "FACTOR": "fp32",
     }  # fmt: skip
     constants = {
-        "KIND": kind, "ROW_SCALE": kind != HALF, "BIAS": False, "RESIDUAL": gate, "GATE": gate,
+        "KIND": kind, "ROW_SCALE": kind != HALF, "BIAS": False, "RESIDUAL": residual, "GATE": gate,
         "UNIT": size, "UNITS_PER_GROUP": int(groups), "WHOLE_K": True, "INTERPRET": False,
         "BN": config["BN"], "BM": config["BM"], "SPLIT": config["SPLIT"], "scale_row": 1,
     }  # fmt: skip

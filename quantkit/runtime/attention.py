@@ -159,6 +159,8 @@ class PackedAttention(nn.Module):
             our caches, it runs as it was.
     """
 
+    adds_residual = True
+
     def __init__(self, attention: Any) -> None:
         super().__init__()
         for name, child in attention.named_children():
@@ -174,16 +176,18 @@ class PackedAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
+        residual: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        """The output [B, T, features], with `residual` of that shape added where one is given; no weights."""
         layers = getattr(past_key_values, "layers", ())
         layer: Any = layers[self.layer_idx] if self.layer_idx < len(layers) else None
         if not hasattr(layer, "append") or position_embeddings is None:
-            output: tuple[torch.Tensor, None] = self._original[0](
+            output, weights = self._original[0](
                 hidden_states, position_embeddings=position_embeddings,
                 attention_mask=attention_mask, past_key_values=past_key_values, **kwargs,
             )  # fmt: skip
-            return output
+            return output if residual is None else residual + output, weights
         shared: Any = self.qkv_proj
         shape = hidden_states.shape[:-1]
         query, key, value = (
@@ -195,12 +199,12 @@ class PackedAttention(nn.Module):
         if fresh:
             turned = rotate(key, *position_embeddings)
             attended = _attend_fresh(query, turned, value, attention_mask, self.scaling)
-            return self.o_proj(attended.reshape(*shape, -1)), None  # type: ignore[operator]
+            return self.o_proj(attended.reshape(*shape, -1), residual), None  # type: ignore[operator]
         attended, _ = quantkit_attention(
             self, query, keys, values, attention_mask, self.scaling,
             length=getattr(layer, "length", None), planar=getattr(layer, "planar", False),
         )  # fmt: skip
-        return self.o_proj(attended.reshape(*shape, -1)), None  # type: ignore[operator]
+        return self.o_proj(attended.reshape(*shape, -1), residual), None  # type: ignore[operator]
 
 
 def register() -> None:

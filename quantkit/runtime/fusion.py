@@ -130,23 +130,26 @@ class GatedMLP(nn.Module):
         mlp: the module whose layers these are; its children keep their names.
     """
 
+    adds_residual = True
+
     def __init__(self, mlp: Any) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.gate_up_proj: SharedLinear = mlp.gate_up_proj
         self.act_fn = mlp.act_fn
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The output [..., out_features], with `residual` of that shape added where one is given."""
         hidden = self.gate_up_proj.gated(x) if _is_silu(self.act_fn) else None
         if hidden is not None:
-            return self.down_proj(hidden)
+            return self.down_proj(hidden, residual)
         gate_up = self.gate_up_proj(x)
         form = self.down_proj.input_form
         if form is not None and _is_silu(self.act_fn):
             codes = Quantized(*silu_mul_quantize(gate_up, form_name(form), form.bits))
-            return self.down_proj.product(codes, gate_up.dtype)
+            return self.down_proj.product(codes, gate_up.dtype, residual=residual)
         gate, up = gate_up.chunk(2, dim=-1)
-        return self.down_proj(self.act_fn(gate) * up)
+        return self.down_proj(self.act_fn(gate) * up, residual)
 
 
 class QuantNorm(nn.Module):
@@ -213,7 +216,8 @@ def _replacement(parent: nn.Module, name: str, child: Any) -> nn.Module | None:
             return GatedMLP(child) if isinstance(child.down_proj, QuantLinear) else None
     elif isinstance(getattr(child, "qkv_proj", None), SharedLinear):
         known = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "kv_quantizer"}
-        if children == known and all(hasattr(child, name) for name in _ATTENTION):
+        ours = children == known and isinstance(child.o_proj, QuantLinear)
+        if ours and all(hasattr(child, name) for name in _ATTENTION):
             return PackedAttention(child)
     elif hasattr(child, "variance_epsilon") and hasattr(child, "weight") and not children:
         reader = _reader_of(parent, name)

@@ -110,15 +110,23 @@ class QuantLinear(nn.Module):
         rotated = self.scheme.weights.half or self.scheme.rotation is not None
         return None if rotated or self.op is wide_linear else self.scheme.activations
 
-    def product(self, x: Quantized, dtype: torch.dtype, gate: bool = False) -> torch.Tensor:
+    def product(
+        self,
+        x: Quantized,
+        dtype: torch.dtype,
+        gate: bool = False,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The layer's output in `dtype` for an input that is quantized already.
 
         Args:
             gate: silu(first half) * second half of the outputs, for the ops that know it.
+            residual: [..., out_features], added to the output, or None.
         """
         output: torch.Tensor = self.op(
             *(x.codes, x.scale, self.packed, self.weight_scale, self.bias, dtype),
             **({"gate": True} if gate else {}),
+            **({} if residual is None else {"residual": residual}),
         )
         return output
 
@@ -153,8 +161,16 @@ class QuantLinear(nn.Module):
         values = codes.to(torch.float32 if x.dtype == torch.float32 else torch.bfloat16)
         return values + 0.5 if acts.half else values, self.packed, self.weight_scale, step
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.op(*self.arguments(x))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The output [..., out_features], with `residual` of that shape added where one is given."""
+        arguments = self.arguments(x)
+        output: torch.Tensor
+        if residual is None:
+            output = self.op(*arguments)
+        elif self.op is wide_linear:
+            output = residual + self.op(*arguments)
+        else:
+            output = self.op(*arguments, residual=residual)
         return output
 
     def extra_repr(self) -> str:

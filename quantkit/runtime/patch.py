@@ -12,6 +12,7 @@ from torch import nn
 from quantkit.runtime.cache import quantizers
 from quantkit.runtime.fusion import fuse
 from quantkit.runtime.linear import QuantLinear
+from quantkit.runtime.residual import add_in_products
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -19,7 +20,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def patch(model: Model, *, fresh_prompts: bool = False) -> Model:
     """Fuse and repack a model whose quantized linears are `QuantLinear`s, in place; once is enough.
 
-    q, k and v become one product, gate and up another; gated MLPs and RMS norms quantize on the way.
+    q, k and v become one product, gate and up another; gated MLPs and RMS norms quantize on the way,
+    and on a GPU products add what follows them.
     Names and outputs stay; a layer that is built otherwise stays as it is. `quantkit.load` does this.
 
     Args:
@@ -34,6 +36,7 @@ def patch(model: Model, *, fresh_prompts: bool = False) -> Model:
             module.prepare()
     for quantizer in quantizers(model):
         quantizer.fresh_prompts = fresh_prompts
+    add_in_products(model)
     _read_whole_rows(model)
     _give_back_memory()
     return model

@@ -242,6 +242,27 @@ def test_gate_and_residual(m, kind, device, relative_error) -> None:
     assert relative_error(y.cpu(), expected) < 1e-5
 
 
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("kind", ["bf16", "half"])
+def test_a_residual_is_added_to_what_would_be_written(kind, split, device) -> None:
+    from quantkit.kernels.gpu import linear
+
+    weight = Weight(72, 256, 128, device)
+    config = {"BN": 64, "BM": 16, "SPLIT": split, "num_warps": 4, "num_stages": 3}
+    x, row_scale, operand = torch.randn(5, 256).bfloat16().to(device), None, torch.bfloat16
+    if kind == "half":
+        (x, row_scale), operand = quantize_half(x, 4), torch.int8
+    packed, residual = weight.repacked(operand), torch.randn(5, 72).bfloat16().to(device)
+
+    def run(added: torch.Tensor | None) -> torch.Tensor:
+        return linear.int4(
+            "", x, *packed, row_scale, None, torch.bfloat16,
+            half_integer=kind == "half", residual=added, config=config,
+        )  # fmt: skip
+
+    assert torch.equal(run(residual), run(None) + residual)
+
+
 def test_strided_rows_and_a_poisoned_output(device, relative_error, monkeypatch) -> None:
     weight = Weight(72, 256, 128, device)
     wide = torch.randn(6, 512).to(device)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from quantkit.kernels import int4pack
 from quantkit.kernels.dispatch import Op
+from quantkit.kernels.hadamard_int4_linear import hadamard_int4_linear
 from quantkit.kernels.int4_fp8_linear import int4_fp8_linear
 from quantkit.kernels.int4_int8_linear import int4_int8_linear
 from quantkit.kernels.int4_linear import int4_linear
@@ -55,6 +56,34 @@ def test_gate_and_residual(op, native, backend, int4_weight, relative_error, mon
     assert relative_error(y, expected) < 8e-3
     y = op(*arguments, residual=residual[..., : N // 2], gate=True)
     assert relative_error(y, expected + residual[..., : N // 2].double()) < 8e-3
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("op", [int4_linear, int4_fp8_linear, int4_int8_linear, int8_linear])
+def test_a_residual_is_added_to_what_would_be_written(
+    op, backend, int4_weight, monkeypatch
+) -> None:
+    monkeypatch.setenv("QUANTKIT_BACKEND", backend)
+    arguments, _ = _arguments(op, int4_weight, True)
+    residual = torch.randn(2, 3, N).bfloat16()
+    assert torch.equal(op(*arguments, residual=residual), op(*arguments) + residual)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("native", [False, True])
+def test_a_residual_behind_a_rotation(native, backend, int4_weight, monkeypatch) -> None:
+    monkeypatch.setenv("QUANTKIT_BACKEND", backend)
+    weight = int4_weight(N, K, 128)
+    packed = weight.packed, weight.scale
+    if native:
+        packed = int4pack.repack(*packed, half=True)
+        assert packed is not None
+    x, residual = torch.randn(2, 3, K).bfloat16(), torch.randn(2, 3, N).bfloat16()
+    with pytest.raises(ValueError, match=r"residual must be \(2, 3, 128\)"):
+        hadamard_int4_linear(x, *packed, residual=residual[0])
+    bias = torch.randn(N)
+    y = hadamard_int4_linear(x, *packed, bias, residual=residual)
+    assert torch.equal(y, hadamard_int4_linear(x, *packed, bias) + residual)
 
 
 @pytest.mark.parametrize("op", [int4_linear, int4_fp8_linear, int4_int8_linear, int8_linear])
