@@ -138,6 +138,5 @@ def _same(layer: Any, blocks: tuple[AddingBlock, ...]) -> bool:
 def _cache(attention: Any) -> Cache | None:
     if not isinstance(attention, PackedAttention):
         return None
-    return Cache(
-        layers=[PackedLayer(attention.kv_quantizer) for _ in range(attention.layer_idx + 1)]
-    )
+    quantizer: Any = attention.kv_quantizer
+    return Cache(layers=[PackedLayer(quantizer) for _ in range(attention.layer_idx + 1)])
