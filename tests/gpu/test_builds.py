@@ -25,16 +25,13 @@ def _compile(tmp_path: Path, *arguments: str) -> tuple[int, list[dict], str]:
     return done.returncode, rows, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def test_one_of_each_for_hopper(tmp_path) -> None:
-    """A product, attention, a rotation, rows, appending: the rest is under `slow`."""
-    only = (
-        r"int4_gemm\[fp8, M16\]|decode, D128, bf16 scale\]|hadamard\[half, K4096, block 128|"
-        r"rows\[quantize, fp8, K4096|append\[bf16 scale, 1 "
-    )
+def test_some_for_hopper(tmp_path) -> None:
+    """A product, attention, rows: the rest is under `slow`."""
+    only = r"int4_gemm\[fp8, M16\]|decode, D128, bf16 scale\]|rows\[quantize, fp8, K4096"
     code, rows, printed = _compile(tmp_path, "--only", only, "--capability", "90", "--jobs", "1")
     assert code == 0, printed
     found = {row["kernel"].split("[")[0]: row for row in rows}
-    assert set(found) == {"int4_gemm", "kv4_attention", "hadamard", "rows", "kv4_append"}
+    assert set(found) == {"int4_gemm", "kv4_attention", "rows"}
     # What makes them fast: an H200 issues about 2.3 for a weight in the time that it reads one.
     assert found["int4_gemm"]["per_element"] < 1.6
     assert found["kv4_attention"]["per_element"] < 3.0

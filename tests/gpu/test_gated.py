@@ -39,7 +39,9 @@ def test_many_rows_are_gated_by_the_product(op: str, device, relative_error, mon
     monkeypatch.setattr(
         QuantLinear,
         "product",
-        lambda self, *given, gate=False: seen.append(gate) or product(self, *given, gate=gate),
+        lambda self, *given, gate=False, **others: (
+            seen.append(gate) or product(self, *given, gate=gate, **others)
+        ),
     )
     many = module(x)
     few = torch.cat([module(piece) for piece in x.split(65)])
