@@ -21,6 +21,7 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    # Importing it registers an implementation of a norm: before vLLM puts them in order.
     from quantkit.integrations.vllm.config import QuantkitConfig
 
     _check_version()

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -28,6 +29,7 @@ from quantkit.integrations.vllm.attention import PackedKVMethod, refuse_or_take
 from quantkit.integrations.vllm.checkpoint import examine, parse
 from quantkit.integrations.vllm.kernels import NATIVE, Choice, Platform, choose, find_scheme
 from quantkit.integrations.vllm.linear import QuantkitLinearMethod
+from quantkit.integrations.vllm.rounding import round_as_transformers
 
 # A child of vLLM's logger: only those are shown.
 logger = init_logger("vllm.quantkit")
@@ -48,6 +50,7 @@ class QuantkitConfig(QuantizationConfig):
         self.info: QuantizationInfo = parse(config, "config.json")
         self.kv_scales: dict[int, torch.Tensor] = {}
         self.native = CompressedTensorsConfig.from_config(_without_extras(config))
+        self._prepared = False
         # vLLM's attention layers ask for it: an FP8 cache is its own.
         self.kv_cache_scheme = self.native.kv_cache_scheme
 
@@ -100,6 +103,7 @@ class QuantkitConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         self.native.packed_modules_mapping = self.packed_modules_mapping
+        self._prepare()
         if isinstance(layer, LinearBase):
             return self._linear_method(layer, prefix)
         if isinstance(layer, Attention):
@@ -116,6 +120,19 @@ class QuantkitConfig(QuantizationConfig):
                     "use quantkit.load, or a W4A16 or W8A8 recipe"
                 )
         return self.native.get_quant_method(layer, prefix)
+
+    def _prepare(self) -> None:
+        """Once in each process that holds a part of the model, with its first layer."""
+        if self._prepared:
+            return
+        self._prepared, where = True, platform()
+        schemes = set(self.info.schemes.values())
+        emulated = where.device == "cpu" and any(choose(s, where).emulated for s in schemes)
+        config = get_current_vllm_config_or_none()
+        if emulated and config is not None and round_as_transformers(config):
+            logger.info_once(
+                "quantkit: norms and RoPE round where transformers' do, for EMULATED layers"
+            )
 
     def _linear_method(self, layer: LinearBase, prefix: str) -> QuantizeMethodBase:
         scheme = find_scheme(prefix, self.info.schemes, self.packed_modules_mapping)
