@@ -60,7 +60,7 @@ def _cpu(
     if fused is not None:
         return int4_weight.last(fused, residual, False, x.dtype)
     # n + 1/2 = (2n + 1) / 2 has at most eight significant bits: exact in bf16.
-    wide = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+    wide = int4_weight.product_dtype(weight, x.dtype)
     values = codes.reshape(-1, x.shape[-1]).to(wide) + 0.5
     y = int4_weight.matmul(values, weight, scale, half=True)
     return int4_weight.finish(y, step, bias, (*x.shape[:-1], len(weight)), x.dtype, residual)

@@ -94,7 +94,7 @@ def _cpu(
         if fused is not None:
             return int4_weight.last(fused, residual, gate, out_dtype)
     # FP8 values are exact in bf16; a float32 result needs float32 partial sums.
-    wide = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
+    wide = int4_weight.product_dtype(weight, out_dtype)
 
     def expand(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         return fp8_products(codes, scales).to(wide)

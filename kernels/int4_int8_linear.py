@@ -63,7 +63,7 @@ def _cpu(
     fused = linear.int4(xq, weight, scale, x_scale, bias, torch.float32 if gate else out_dtype)
     if fused is not None:
         return int4_weight.last(fused, residual, gate, out_dtype)
-    wide = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
+    wide = int4_weight.product_dtype(weight, out_dtype)
     y = int4_weight.matmul(xq.reshape(-1, xq.shape[-1]).to(wide), weight, scale)
     return int4_weight.finish(
         y, x_scale, bias, (*xq.shape[:-1], len(weight)), out_dtype, residual, gate

@@ -138,6 +138,16 @@ def matmul(
     return out
 
 
+def product_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which `matmul` multiplies quantized activations for a result in `dtype`.
+
+    A weight as it is stored is expanded at each call, so that float32 costs little there: the sums are then
+    the reference's. A repacked one is multiplied in bf16, for speed, which rounds each q * scale and sum.
+    """
+    exact = dtype == torch.float32 or weight.dtype == torch.int32
+    return torch.float32 if exact else torch.bfloat16
+
+
 def check_last(
     x: torch.Tensor, n: int, residual: torch.Tensor | None = None, gate: bool = False
 ) -> None:

@@ -55,6 +55,18 @@ def test_fused_equals_single(quantized, recipe: str, model_type: str):
     assert float((got - want).abs().mean()) < 0.02
 
 
+@pytest.mark.parametrize("recipe", ["fireq", "crossquant-w4a8", "quest-hadamard-w4a4"])
+def test_sums_round_once_whoever_makes_them(quantized, recipe: str):
+    """In 16 bits too: a product that rounds before its scale and bias moves nearly every output."""
+    model, other = (load(quantized(recipe, "qwen2"), fused=fused) for fused in (True, False))
+    qkv, q = (m.model.layers[0].self_attn for m in (model, other))
+    assert q.q_proj.bias is not None
+    x = torch.randn(1, 24, 256, generator=torch.Generator().manual_seed(2)).bfloat16()
+    with torch.inference_mode():
+        got, want = qkv.q_proj(x), q.q_proj(x)
+    assert float((got != want).float().mean()) < 0.01
+
+
 def test_norms_quantize_once(quantized, monkeypatch):
     """The linears behind a norm take the codes that it made."""
     model = load(quantized("crossquant"))
