@@ -30,7 +30,7 @@ from .kv4_decode_kernels import attention_kernel, combine_kernel
 Config = dict[str, int]
 ROWS = 64  # the most: queries that read one KV head
 _TILE = 16
-SPLITS = (1, 2, 4, 8, 16, 32, 64)
+SPLITS = (1, 2, 4, 8, 16, 32, 64, 128)
 _LOG2_E = 1.4426950408889634
 
 
@@ -93,14 +93,20 @@ def attention(
 def combine(partial: torch.Tensor, stats: torch.Tensor, out: torch.Tensor) -> None:
     """The splits' sums [rows, split, D], by their largest scores and totals [rows, split, 2], into out."""
     rows, split, dim = partial.shape
+    columns = triton.next_power_of_2(dim)
     combine_kernel[(rows,)](
         *(partial, stats, out),
         DIM=dim,
-        COLUMNS=triton.next_power_of_2(dim),
+        COLUMNS=columns,
         SPLIT=split,
         INTERPRET=interpreting(),
-        num_warps=2,
+        num_warps=_combining_warps(split, columns),
     )
+
+
+def _combining_warps(split: int, columns: int) -> int:
+    """At most 128 numbers a thread: they stay in registers."""
+    return max(2, split * columns // 4096)
 
 
 def configuration(
@@ -112,7 +118,7 @@ def configuration(
         "kv4_attention",
         (rows, heads, length, dim, int(masked)),
         candidates(),
-        heuristic(rows, heads, length, dim, tuning.processors(device), masked),
+        heuristic(rows, heads, length, dim, tuning.processors(device)),
         device,
     )
 
@@ -128,23 +134,19 @@ def candidates() -> list[Config]:
     ]
 
 
-def heuristic(
-    rows: int, heads: int, length: int, dim: int, processors: int, masked: bool = False
-) -> Config:
-    """Enough splits for four programs on every processor, of at least 256 keys each."""
+def heuristic(rows: int, heads: int, length: int, dim: int, processors: int) -> Config:
+    """Enough splits for sixteen warps on every processor, of at least 256 keys each."""
     # Twice the keys at twice the width would not leave the registers that the query needs.
     keys, warps = (64, 4) if dim > 128 else (128, 4)
-    if triton.next_power_of_2(dim // 4) * 4 != dim:
-        keys = 64  # the padding takes registers, too
-    if masked:
-        keys = 64  # and so does a mask
+    # A warp's products are 16 words wide, or more: two warps would share a narrow head's, and wait for each other.
     if dim <= 64:
-        keys, warps = 64, 2  # four warps would all do the same 16 columns
+        keys, warps = 32, 1
+    elif dim < 128:
+        keys, warps = 64, 2
     tiles = heads * triton.cdiv(rows, _TILE)
-    wanted = max(1, min(4 * processors // tiles, length // 256))
+    wanted = max(1, min(16 // warps * processors // tiles, length // 256))
     split = max(s for s in SPLITS if s <= wanted)
-    stages = 2 if dim > 128 else 3
-    return {"BM": _TILE, "BN": keys, "SPLIT": split, "num_warps": warps, "num_stages": stages}
+    return {"BM": _TILE, "BN": keys, "SPLIT": split, "num_warps": warps, "num_stages": 3}
 
 
 def builds() -> Iterator[Build]:
@@ -152,21 +154,24 @@ def builds() -> Iterator[Build]:
     for dim in (64, 80, 96, 128, 256):
         yield _build(dim, float8=False)
     yield _build(128, float8=True)
-    yield _build(128, float8=False, key_mask=True)
+    for dim in (64, 80, 128):
+        yield _build(dim, float8=False, key_mask=True)
     signature = {"partial": "*fp32", "stats": "*fp32", "out": "*bf16"}
-    yield Build(
-        "kv4_combine[16 splits]",
-        combine_kernel,
-        signature,
-        {"DIM": 128, "COLUMNS": 128, "SPLIT": 16, "INTERPRET": False},
-        num_warps=2,
-        num_stages=1,
-        tile={"elements": 16 * 128, "bytes": 16 * 130 * 4},
-    )
+    for split, dim in ((16, 128), (128, 128), (128, 256)):
+        name = f"kv4_combine[{split} splits{'' if dim == 128 else f', D{dim}'}]"
+        yield Build(
+            name,
+            combine_kernel,
+            signature,
+            {"DIM": dim, "COLUMNS": dim, "SPLIT": split, "INTERPRET": False},
+            num_warps=_combining_warps(split, dim),
+            num_stages=1,
+            tile={"elements": split * dim, "bytes": split * (dim + 2) * 4},
+        )
 
 
 def _build(dim: int, float8: bool, key_mask: bool = False) -> Build:
-    config = heuristic(4, 8, 32768, dim, 132, key_mask)
+    config = heuristic(4, 8, 32768, dim, 132)
     signature = dict.fromkeys(("T", "S", "GROUP", "KV_HEADS"), "i32")
     signature |= dict.fromkeys(("partial", "stats", "post_scale"), "*fp32")
     signature |= dict.fromkeys(("query", "out"), "*bf16") | dict.fromkeys(("key", "value"), "*i16")

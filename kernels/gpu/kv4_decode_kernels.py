@@ -119,11 +119,20 @@ def exp2(x, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _softmax(scores, factor, value_factor, largest, total, excess, INTERPRET: tl.constexpr):
+def _softmax(
+    scores,
+    factor,
+    value_factor,
+    largest,
+    total,
+    excess,
+    EXCESS: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
     """(weights times the values' scales, what is kept of the sums so far, and the three running sums).
 
     total and excess are [BM, BN] and added up over the keys only at the end: sums here would make all
-    warps wait for each other.
+    warps wait for each other. EXCESS: whether the sum of the weights times the scales is wanted.
     """
     top = tl.maximum(largest, tl.max(scores, 1) * factor)
     # A row that has seen no key yet: its weights are zeros, not NaN.
@@ -144,7 +153,8 @@ def _softmax(scores, factor, value_factor, largest, total, excess, INTERPRET: tl
             is_pure=True,
             pack=2,
         )
-    excess = excess * keep[:, None] + rounded.to(tl.float32)
+    if EXCESS:
+        excess = excess * keep[:, None] + rounded.to(tl.float32)
     return rounded, keep, top, total, excess
 
 
@@ -197,6 +207,8 @@ def attention_kernel(
     FACTOR: of the scores, times log2(e). SPLIT > 1: the sums go to partial [rows, SPLIT, D], the
     largest scores and totals to stats [rows, SPLIT, 2].
     """
+    # A padded word's nibbles are 0, as operands 128: their sums are 128 times the weights', for nothing.
+    PADDED: tl.constexpr = DIM < 4 * WORDS
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     kv_head = tl.program_id(1) % KV_HEADS
@@ -247,7 +259,7 @@ def attention_kernel(
     place = batch * codes_batch + kv_head * codes_head + begin.to(tl.int64) * (DIM // 4)
     inner = tl.arange(0, BN)
     tile = inner[:, None] * (DIM // 4) + word[None, :]
-    keys, values = key + place + tile, value + place + tile
+    keys, values = key + place, value + place
     place = batch * scales_batch + kv_head * scales_head + begin.to(tl.int64) * scales_token
     key_scales, value_scales = key_scale + place, value_scale + place
     largest = tl.full([BM], float("-inf"), tl.float32)
@@ -273,10 +285,10 @@ def attention_kernel(
     value_bits = tl.load(value_scales + inner * scales_token, mask=there_now, other=0)
     for start in range(begin, open_, BN):
         if DIM == 4 * WORDS:
-            key_words, value_words = tl.load(keys), tl.load(values)
+            key_words, value_words = tl.load(keys + tile), tl.load(values + tile)
         else:
-            key_words = tl.load(keys, mask=word_inside[None, :], other=0)
-            value_words = tl.load(values, mask=word_inside[None, :], other=0)
+            key_words = tl.load(keys + tile, mask=word_inside[None, :], other=0)
+            value_words = tl.load(values + tile, mask=word_inside[None, :], other=0)
         key_factor, value_factor = _scales(key_bits, FLOAT8), _scales(value_bits, FLOAT8)
         keys += BN * (DIM // 4)
         values += BN * (DIM // 4)
@@ -290,15 +302,15 @@ def attention_kernel(
             hidden += BN
         scores = _scores(q0, q1, q2, q3, key_words, offset, key_factor, bias, INTERPRET)
         weights, keep, largest, total, excess = _softmax(
-            scores, factor, value_factor, largest, total, excess, INTERPRET
+            scores, factor, value_factor, largest, total, excess, not PADDED, INTERPRET
         )
         o0, o1, o2, o3 = _add(weights, value_words, keep, o0, o1, o2, o3, INTERPRET)
     if CLOSED:
         for start in range(open_, end, BN):
             number = start + inner
             inside_tile = (number < end)[:, None] & word_inside[None, :]
-            key_words = tl.load(keys, mask=inside_tile, other=0)
-            value_words = tl.load(values, mask=inside_tile, other=0)
+            key_words = tl.load(keys + tile, mask=inside_tile, other=0)
+            value_words = tl.load(values + tile, mask=inside_tile, other=0)
             key_factor, value_factor = _scales(key_bits, FLOAT8), _scales(value_bits, FLOAT8)
             keys += BN * (DIM // 4)
             values += BN * (DIM // 4)
@@ -313,14 +325,14 @@ def attention_kernel(
                 mask_head, mask_token, row_inside, MASK, CAUSAL, WINDOW,
             )  # fmt: skip
             weights, keep, largest, total, excess = _softmax(
-                scores, factor, value_factor, largest, total, excess, INTERPRET
+                scores, factor, value_factor, largest, total, excess, not PADDED, INTERPRET
             )
             o0, o1, o2, o3 = _add(weights, value_words, keep, o0, o1, o2, o3, INTERPRET)
     elif open_ < end:
         number = open_ + inner
         inside_tile = (number < end)[:, None] & word_inside[None, :]
-        key_words = tl.load(keys, mask=inside_tile, other=0)
-        value_words = tl.load(values, mask=inside_tile, other=0)
+        key_words = tl.load(keys + tile, mask=inside_tile, other=0)
+        value_words = tl.load(values + tile, mask=inside_tile, other=0)
         key_factor, value_factor = _scales(key_bits, FLOAT8), _scales(value_bits, FLOAT8)
         seen = number < end
         if KEY_MASK:
@@ -328,12 +340,15 @@ def attention_kernel(
         bias = tl.where(seen, 0.0, float("-inf"))
         scores = _scores(q0, q1, q2, q3, key_words, offset, key_factor, bias, INTERPRET)
         weights, keep, largest, total, excess = _softmax(
-            scores, factor, value_factor, largest, total, excess, INTERPRET
+            scores, factor, value_factor, largest, total, excess, not PADDED, INTERPRET
         )
         o0, o1, o2, o3 = _add(weights, value_words, keep, o0, o1, o2, o3, INTERPRET)
 
     total = tl.sum(total, 1)
-    excess = tl.sum(excess, 1)[:, None] * _OFFSET
+    if PADDED:
+        excess = tl.sum(tl.where(word[None, :] == WORDS - 1, o0, 0.0), 1)[:, None] * (_OFFSET / 128)
+    else:
+        excess = tl.sum(excess, 1)[:, None] * _OFFSET
     if SPLIT > 1:
         line = (batch * KV_HEADS + kv_head) * GROUP * T + row
         y = partial + (line * SPLIT + split)[:, None] * DIM
