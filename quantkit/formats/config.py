@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import quantkit
 from quantkit.errors import QuantkitError
 from quantkit.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat
 
@@ -151,6 +152,21 @@ def build_quantization_config(
     }
 
 
+def _check_schema(ours: dict[str, Any], where: str) -> None:
+    """Refuse what has another meaning. A key that an older writer of the same schema did not know has a default."""
+    schema, version = ours.get("schema"), str(ours.get("version", "unknown"))[:40]
+    if type(schema) is not int or schema < 1:
+        raise QuantkitError(
+            f"{where}: quantization_config.quantkit.schema is {str(schema)[:40]!r}, which no version of quantkit "
+            "wrote; quantize the original again"
+        )
+    if schema > SCHEMA:
+        raise QuantkitError(
+            f"{where}: written in schema {schema} by quantkit {version}, this is {quantkit.__version__} and reads up "
+            f"to schema {SCHEMA}; update quantkit"
+        )
+
+
 def parse_quantization_config(config: dict[str, Any], where: str) -> QuantizationInfo:
     """The inverse of `build_quantization_config`, from a whole config.json.
 
@@ -169,10 +185,7 @@ def parse_quantization_config(config: dict[str, Any], where: str) -> Quantizatio
         raise QuantkitError(
             f"{where}: quantized by {method}, not by quantkit; load it with transformers"
         )
-    if ours.get("schema") != SCHEMA:
-        raise QuantkitError(
-            f"{where}: written in schema {ours.get('schema')!r}, this version reads {SCHEMA}; update quantkit"
-        )
+    _check_schema(ours, where)
     requires = ours.get("requires", [])
     if not isinstance(requires, list) or not all(isinstance(each, str) for each in requires):
         raise QuantkitError(f"{where}: malformed quantization_config.quantkit.requires")

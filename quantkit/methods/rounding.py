@@ -62,7 +62,7 @@ class Grid:
 
     def _nearest(self, x: Tensor, scale: Tensor) -> Tensor:
         ratio = _wide(x) / torch.where(scale > 0, scale, torch.inf)
-        codes = ratio.floor() if self.half else ratio.round()
+        codes = ratio.floor_() if self.half else ratio.round_()
         return codes.clamp_(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1).nan_to_num_(0.0)
 
     def _level(self, codes: Tensor) -> Tensor:
@@ -169,7 +169,8 @@ def quantize(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     Raises:
         ValueError: K is not a multiple of G.
     """
-    return grid.encode(weight, expand(scale, weight.shape[1]))
+    groups, scale = _by_group(weight, scale)
+    return grid.encode(groups, scale).view(weight.shape)
 
 
 def dequantize(codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -178,7 +179,17 @@ def dequantize(codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     Raises:
         ValueError: K is not a multiple of G.
     """
-    return grid.decode(codes, expand(scale, codes.shape[1]))
+    groups, scale = _by_group(codes, scale)
+    return grid.decode(groups, scale).view(codes.shape)
+
+
+def _by_group(matrix: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, K] and [N, G] as [N, G, K / G] and [N, G, 1]: a scale is read once a group, not repeated in memory."""
+    rows, columns = matrix.shape
+    groups = scale.shape[1]
+    if groups < 1 or columns % groups:
+        raise ValueError(f"{columns} inputs do not divide into {groups} groups")
+    return matrix.reshape(rows, groups, columns // groups), scale[..., None]
 
 
 def store_bf16(scale: Tensor) -> Tensor:

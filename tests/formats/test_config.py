@@ -1,6 +1,7 @@
 """Golden: the bytes that other projects read. A change here is a change of the file format."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,7 +149,16 @@ def test_a_scale_that_would_be_rounded_on_writing_is_an_error():
     [
         ({}, "not a quantized checkpoint"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized by awq, not by quantkit"),
-        ({"quantization_config": {"quantkit": {"schema": 2}}}, "schema 2"),
+        (
+            {"quantization_config": {"quantkit": {"schema": 2, "version": "7.1"}}},
+            "schema 2 by quantkit 7.1, this is .* reads up to schema 1; update quantkit",
+        ),
+        (
+            {"quantization_config": {"quantkit": {"schema": 0}}},
+            "which no version of quantkit wrote",
+        ),
+        ({"quantization_config": {"quantkit": {"schema": "1"}}}, "quantize the original again"),
+        ({"quantization_config": {"quantkit": {}}}, "schema is 'None', which no version"),
         ({"quantization_config": {"quantkit": {"schema": 1}}}, "malformed"),
         ({"quantization_config": {"quantkit": {"schema": 1, "requires": ["x"]}}}, "requires x"),
     ],
@@ -156,3 +166,13 @@ def test_a_scale_that_would_be_rounded_on_writing_is_an_error():
 def test_what_is_not_ours_is_refused(config: dict, says: str):
     with pytest.raises(QuantkitError, match=says):
         parse_quantization_config(config, "m")
+
+
+def test_an_output_of_the_first_version_is_read():
+    """What that version did not write yet (`residual_basis`, `calibration.sources`) has a default."""
+    config = json.loads((Path(__file__).parent / "headers" / "schema-1-first.json").read_text())
+    info = parse_quantization_config(config, "m")
+    assert set(info.schemes.values()) == {W4A8_FP8}
+    assert len(info.schemes) == 14
+    assert info.kv_cache == KVFormat()
+    assert info.meta["post_rope_scale"] is True
