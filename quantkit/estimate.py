@@ -58,8 +58,13 @@ class Estimate:
         return asdict(self)
 
 
-def choose_offload(need: Estimate, offload: bool | None, device: torch.device) -> bool:
+def choose_offload(
+    need: Estimate, offload: bool | None, device: torch.device, processes: int = 1
+) -> bool:
     """Whether activations go to mapped files: as the user said, or where memory has no room for them.
+
+    Args:
+        processes: how many share this machine's memory, each in need of as much.
 
     Raises:
         QuantkitError: it does not fit either way, or not the way the user wants.
@@ -70,6 +75,7 @@ def choose_offload(need: Estimate, offload: bool | None, device: torch.device) -
     room = memory.available()
     if room is None:
         return bool(offload)
+    room //= processes
     here = memory.resident()
     wanted = max(0, need.host_bytes - here)
     least = max(0, wanted - need.activation_bytes)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -36,9 +38,10 @@ from quantkit.models.groups import LayerStructure
 from quantkit.models.names import BUNDLED
 from quantkit.plain import copy_tensor, round_layer, rounds_plainly
 from quantkit.plan import Plan, default_output, make_plan
+from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe
 from quantkit.refinement import Task, refine_layer
-from quantkit.resume import RunState, describe_run, digest, finished_report
+from quantkit.resume import RunState, check_alike, describe_run, digest, finished_report
 
 _log = logging.getLogger(__name__)
 KV_FILE = "quantkit/kv.safetensors"
@@ -71,6 +74,7 @@ def quantize(
     offload: bool | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Quantize a checkpoint into a folder that quantkit, and where the scheme allows transformers, vLLM and SGLang, load.
 
@@ -92,6 +96,8 @@ def quantize(
         offload: keep activations in files; left out: where memory has no room for them.
         trust_remote_code: run Python code that comes with the checkpoint, where its model type needs it.
         progress: called with (layers done, layers, what is being done).
+        ranks: the processes that do it together, from `quantkit.ranks.joined`; each calls this with the same
+            arguments.
 
     Returns:
         The report that is also written to quantkit/report.json. A run that was killed goes on where it was; one
@@ -108,7 +114,7 @@ def quantize(
     elif samples is None:
         samples = named_samples(calib)
     check_sources(calib)
-    where = find_device(device)
+    where = ranks.device(find_device(device))
     for name, value in (("samples", samples), ("seqlen", seqlen)):
         if value is not None and value < (1 if name == "samples" else 2):
             raise QuantkitError(
@@ -129,12 +135,12 @@ def quantize(
         check_target(plan, target, choice)
         few = min(SAMPLES, samples or recipe.calibration.samples)
         text = _calibration(plan, calib, few, seqlen, seed, trust_remote_code)
-        recipe, allocation = allocate(plan, target, text, choice, where, tell)
+        recipe, allocation = allocate(plan, target, text, choice, where, tell, ranks)
         # Measuring has used the skeleton up.
         plan = make_plan(
             model, recipe, samples=samples, seqlen=seqlen, trust_remote_code=trust_remote_code
         )
-    on_disk = choose_offload(plan.estimate, offload, where)
+    on_disk = choose_offload(plan.estimate, offload, where, ranks.on_this_machine)
     path = Path(output) if output is not None else default_output(model, recipe)
 
     def calibration() -> CalibrationSet | None:
@@ -142,33 +148,63 @@ def quantize(
             return None
         return _calibration(plan, calib, samples, seqlen, seed, trust_remote_code)
 
-    if not overwrite and (earlier := finished_report(path)) is not None:
-        run = describe_run(plan, calibration(), seed, where, 1)
-        if earlier.get("run") == digest(run):
-            return earlier | {"output": str(path), "unchanged": True}
-    with OutputFolder(
-        path, overwrite=overwrite, tensors=3 * len(plan.checkpoint.tensors)
-    ) as folder:
-        check_disk(path, plan.estimate.disk_bytes)
+    def unchanged() -> dict[str, Any] | None:
+        earlier = None if overwrite else finished_report(path)
+        if earlier is None:
+            return None
+        run = describe_run(plan, calibration(), seed, where)
+        same = earlier.get("run") == digest(run)
+        return earlier | {"output": str(path), "unchanged": True} if same else None
+
+    there: dict[str, Any] | None = ranks.leaders(unchanged() if ranks.leads else None)
+    if there is not None:
+        return there
+    with _output_folder(plan, path, overwrite) if ranks.leads else nullcontext() as folder:
+        if folder:
+            check_disk(path, plan.estimate.disk_bytes)
         data = calibration()
-        run = describe_run(plan, data, seed, where, 1)
-        folder.file_name = plan.checkpoint.file_name
-        state = RunState(folder, folder.begin(run))
-        _quantize_layers(plan, data, where, seed, folder, state, on_disk, tell)
-        total = plan.structure.num_layers
-        if not state.copied:
-            tell(total, total, "writing")
-            with state.stage("copy"):
-                _copy_the_rest(plan, folder)
-            state.copied = True
-            state.save({}, Activations(folder.work))
-        tell(total, total, "verifying")
-        report = {"layers": state.layers} | _summary(model, plan, data, seed)
-        report["run"] = digest(run)
-        if allocation is not None:
-            report["allocation"] = allocation | {"recipe_file": RECIPE_FILE}
-        _finish(plan, folder, data, state, report, trust_remote_code)
+        run = describe_run(plan, data, seed, where)
+        check_alike(run, ranks)
+        state = RunState(folder, ranks.leaders(folder.begin(run) if folder else None))
+        _quantize_layers(plan, data, where, seed, folder, state, on_disk, tell, ranks)
+        report: dict[str, Any] = {}
+        if folder:
+            with ranks.leader_works():
+                more = _summary(model, plan, data, seed) | {"run": digest(run)}
+                if allocation is not None:
+                    more["allocation"] = allocation | {"recipe_file": RECIPE_FILE}
+                report = _complete(plan, data, folder, state, more, trust_remote_code, tell)
+        report = ranks.leaders(report)
     return report | {"output": str(path)}
+
+
+def _output_folder(plan: Plan, path: Path, overwrite: bool) -> OutputFolder:
+    folder = OutputFolder(path, overwrite=overwrite, tensors=3 * len(plan.checkpoint.tensors))
+    folder.file_name = plan.checkpoint.file_name
+    return folder
+
+
+def _complete(
+    plan: Plan,
+    data: CalibrationSet | None,
+    folder: OutputFolder,
+    state: RunState,
+    more: dict[str, Any],
+    trust_remote_code: bool,
+    tell: Progress,
+) -> dict[str, Any]:
+    """What comes after the layers; gives the report."""
+    total = plan.structure.num_layers
+    if not state.copied:
+        tell(total, total, "writing")
+        with state.stage("copy"):
+            _copy_the_rest(plan, folder)
+        state.copied = True
+        state.save({}, Activations(folder.work))
+    tell(total, total, "verifying")
+    report = {"layers": state.layers} | more
+    _finish(plan, folder, data, state, report, trust_remote_code)
+    return report
 
 
 def _quantize_layers(
@@ -176,16 +212,24 @@ def _quantize_layers(
     data: CalibrationSet | None,
     device: torch.device,
     seed: int,
-    folder: OutputFolder,
+    folder: OutputFolder | None,
     state: RunState,
     offload: bool,
     tell: Progress,
+    ranks: Ranks,
 ) -> None:
     """All decoder layers that are not finished yet."""
-    total = plan.structure.num_layers
-    if state.done == total:
+    if state.done == plan.structure.num_layers:
         return
-    store, plainly = Activations(folder.work, offload=offload), rounds_plainly(plan)
+    if rounds_plainly(plan):
+        # As fast as the disk: one process is enough.
+        if folder:
+            with ranks.leader_works():
+                _round_layers(plan, folder, state, tell)
+        return
+    store = Activations(
+        folder.work if folder else Path(tempfile.gettempdir()), offload=offload, ranks=ranks
+    )
     with state.stage("embed"):
         stream = LayerStream(
             plan.checkpoint,
@@ -197,6 +241,7 @@ def _quantize_layers(
             store=store,
             done=state.done,
             basis=plan.basis,
+            ranks=ranks,
         )
     curvature = None
     if plan.recipe.refine and plan.recipe.refine.curvature and data and plan.basis is None:
@@ -204,24 +249,38 @@ def _quantize_layers(
             curvature = output_curvature(
                 plan.checkpoint, plan.skeleton, plan.structure, data.tokens, device
             )
-    for number in range(state.done, total):
-        tell(number, total, f"layer {number}")
+        for root in curvature or ():
+            ranks.leaders_tensor(root)
+    for number in _unfinished(plan, state, tell):
         # Whatever is drawn at random is a function of seed and layer, also in a run that was gone on with.
         with torch.random.fork_rng():
             torch.manual_seed(seed * 1_000_003 + number)
-            if plainly:
-                with state.stage("round"):
-                    state.layers.append(round_layer(plan, plan.structure.prefix(number), folder))
-            else:
-                result = _one_layer(
-                    plan, stream, number, folder, state, curvature[number] if curvature else None
-                )
-                state.layers.append(result.report)
-                if result.post_scale is not None:
-                    state.scales[str(number)] = result.post_scale.cpu()
-        folder.end_of_layer()
+            result = _one_layer(
+                plan, stream, number, folder, state, curvature[number] if curvature else None, ranks
+            )
+        state.layers.append(result.report)
+        if result.post_scale is not None:
+            state.scales[str(number)] = result.post_scale.cpu()
+        if folder:
+            folder.end_of_layer()
         state.done = number + 1
         state.save(stream.chains(), store)
+
+
+def _unfinished(plan: Plan, state: RunState, tell: Progress) -> Iterator[int]:
+    total = plan.structure.num_layers
+    for number in range(state.done, total):
+        tell(number, total, f"layer {number}")
+        yield number
+
+
+def _round_layers(plan: Plan, folder: OutputFolder, state: RunState, tell: Progress) -> None:
+    for number in _unfinished(plan, state, tell):
+        with state.stage("round"):
+            state.layers.append(round_layer(plan, plan.structure.prefix(number), folder))
+        folder.end_of_layer()
+        state.done = number + 1
+        state.save({}, Activations(folder.work))
 
 
 def _calibration(
@@ -264,9 +323,10 @@ def _one_layer(
     plan: Plan,
     stream: LayerStream,
     number: int,
-    folder: OutputFolder,
+    folder: OutputFolder | None,
     state: RunState,
     curvature: torch.Tensor | None,
+    ranks: Ranks,
 ) -> QuantizedLayer:
     """Calibrate, transform, quantize and write one decoder layer; the stream moves on to its outputs."""
     prefix = plan.structure.prefix(number)
@@ -277,15 +337,21 @@ def _one_layer(
             arguments: tuple[Any, Any] = ({}, None)
             reference = None
         else:
-            reference = _Reference(_ERROR_BLOCKS)
+            reference = _Reference(_ERROR_BLOCKS - stream.first, ranks)
             gptq = {
                 group.name for group in structure.inputs
                 if any(plan.recipe.weights_of(prefix + n).rounding == "gptq" for n in group.linears)
             }  # fmt: skip
             with (
                 state.stage("calibrate"),
+                _at(number),
                 observe(
-                    layer, structure, hessians=gptq, keep_rows=_SEARCH_ROWS, batches=stream.batches
+                    layer,
+                    structure,
+                    hessians=gptq,
+                    keep_rows=_SEARCH_ROWS,
+                    batches=stream.batches,
+                    ranks=ranks,
                 ) as arguments,
             ):
                 stream.run(layer, number, reference.keep)
@@ -300,19 +366,21 @@ def _one_layer(
                 structure,
                 *arguments,
                 norm_dtype=norm_dtype,
+                ranks=ranks,
             )
         if stream.hidden is not None:
             _quantize_cache(plan, layer.get_submodule(structure.attention.path), result)
         if plan.recipe.refine:
             with state.stage("refine"):
-                _refine(plan, stream, number, layer, result, norm_dtype, curvature)
-        with state.stage("write"):
-            _write_layer(plan, prefix, layer, result, folder)
+                _refine(plan, stream, number, layer, result, norm_dtype, curvature, ranks)
+        if folder:
+            with state.stage("write"):
+                _write_layer(plan, prefix, layer, result, folder)
         if stream.hidden is not None and reference is not None:
-            before = stream.hidden[:_ERROR_BLOCKS].clone()
+            before = stream.hidden[: reference.blocks].clone()
             with state.stage("advance"):
                 stream.advance(layer, number)
-            result.report["output_error"] = reference.error(before, stream.hidden[:_ERROR_BLOCKS])
+            result.report["output_error"] = reference.error(before, stream.hidden)
     return result
 
 
@@ -324,22 +392,35 @@ def _norm_dtype(plan: Plan, prefix: str, structure: LayerStructure) -> torch.dty
     return plan.checkpoint.load(f"{prefix}{norms[0]}.weight").dtype
 
 
-class _Reference:
-    """Keeps the original layer's outputs for the first few blocks."""
+@contextmanager
+def _at(number: int) -> Iterator[None]:
+    """Bad input that shows in a layer is said with its number."""
+    try:
+        yield
+    except QuantkitError as error:
+        error.args = (f"layer {number}: {error}",)
+        raise
 
-    def __init__(self, blocks: int) -> None:
-        self._blocks = blocks
+
+class _Reference:
+    """Keeps the original layer's outputs for this process's share of the first few blocks."""
+
+    def __init__(self, blocks: int, ranks: Ranks) -> None:
+        self.blocks = max(blocks, 0)
+        self._ranks = ranks
         self._kept: list[torch.Tensor] = []
 
     def keep(self, first: int, output: torch.Tensor) -> None:
-        if first < self._blocks:
-            self._kept.append(output[: self._blocks - first].cpu())
+        if first < self.blocks:
+            self._kept.append(output[: self.blocks - first].cpu())
 
     def error(self, inputs: torch.Tensor, outputs: torch.Tensor) -> float:
         """Squared error of the outputs over the square of what the original layer adds to its input."""
-        want = torch.cat(self._kept)
-        added = (want - inputs[: want.shape[0]]).square().sum()
-        return float((outputs[: want.shape[0]] - want).square().sum() / added.clamp_min(1e-30))
+        want = torch.cat(self._kept) if self._kept else inputs[:0]
+        error = (outputs[: want.shape[0]] - want).square().sum()
+        sums = torch.stack([error, (want - inputs[: want.shape[0]]).square().sum()])
+        self._ranks.total(sums)
+        return float(sums[0] / sums[1].clamp_min(1e-30))
 
 
 def _refine(
@@ -350,6 +431,7 @@ def _refine(
     result: QuantizedLayer,
     norm_dtype: torch.dtype,
     curvature: torch.Tensor | None,
+    ranks: Ranks,
 ) -> None:
     """Let a quantized layer learn from what the original model has at its output."""
     assert plan.recipe.refine
@@ -369,6 +451,8 @@ def _refine(
             stream.hidden,
             stream.hidden_reference,
             curvature,
+            stream.first,
+            ranks,
         ),
         plan.recipe.refine,
     )

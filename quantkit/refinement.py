@@ -12,8 +12,9 @@ metric (calibration/curvature.py), which take most of the steps away.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from quantkit.formats.scheme import Scheme
 from quantkit.methods.hadamard import rotate
 from quantkit.methods.learned_rounding import encode_with_offset, round_with_offset
 from quantkit.methods.rounding import Grid, dequantize
+from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Refine
 from quantkit.runtime.activations import round_activation
 from quantkit.solve import Solved, store_scale
@@ -48,15 +50,30 @@ class Task:
         inputs: what the quantized layers before it give, float32 [samples, seqlen, width].
         targets: what the original model has at the layer's output, likewise.
         root: float32 [width, width], see calibration/curvature.py, or None: the relative squared error then.
+        first: the number of this process's first block.
+        ranks: the processes that the blocks are split over; losses and gradients are over all of them.
     """
 
     forward: Callable[[Tensor], Tensor]
     inputs: Tensor
     targets: Tensor
     root: Tensor | None = None
+    first: int = 0
+    ranks: Ranks = ALONE
 
-    def loss(self, blocks: Tensor | slice, device: torch.device) -> Tensor:
-        """Mean over tokens: nats where the curvature is known."""
+    @cached_property
+    def blocks(self) -> int:
+        """How many blocks there are, of all processes."""
+        return sum(self.ranks.everyones(len(self.inputs)))
+
+    def own(self, blocks: Tensor) -> Tensor:
+        """Of some blocks, those that this process has, as its own indices."""
+        return (
+            blocks[(blocks >= self.first) & (blocks < self.first + len(self.inputs))] - self.first
+        )
+
+    def loss(self, blocks: Tensor, device: torch.device) -> Tensor:
+        """Mean over the tokens of some of this process's blocks: nats where the curvature is known."""
         want = self.targets[blocks].to(device)
         error = self.forward(self.inputs[blocks].to(device)) - want
         error = error / want.square().mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
@@ -67,14 +84,31 @@ class Task:
     @torch.no_grad()
     def held_out_loss(self, device: torch.device) -> float:
         """The loss on the blocks that are not learned from."""
-        blocks = torch.arange(self.learned_from, len(self.inputs)).split(_BLOCKS_PER_CHECK)
-        total = sum(float(self.loss(part, device)) * len(part) for part in blocks)
-        return total / (len(self.inputs) - self.learned_from)
+        blocks = self.own(torch.arange(self.learned_from, self.blocks)).split(_BLOCKS_PER_CHECK)
+        total = sum(float(self.loss(part, device)) * len(part) for part in blocks if len(part))
+        return sum(self.ranks.everyones(total)) / (self.blocks - self.learned_from)
+
+    def gradients(
+        self, blocks: Tensor, parameters: Sequence[Tensor], device: torch.device
+    ) -> list[Tensor | None]:
+        """Of the mean loss over some blocks; None for what none of them reaches (an expert)."""
+        own = self.own(blocks)
+        found: list[Tensor | None] = [None] * len(parameters)
+        if len(own):
+            loss = self.loss(own, device) * (len(own) / len(blocks))
+            found = [*torch.autograd.grad(loss, parameters, allow_unused=True)]
+        reached = torch.tensor([gradient is not None for gradient in found], dtype=torch.int32)
+        self.ranks.total(reached)
+        for n in reached.nonzero().flatten().tolist():
+            gradient = found[n] = torch.zeros_like(parameters[n]) if found[n] is None else found[n]
+            assert gradient is not None
+            self.ranks.total(gradient)
+        return found
 
     @property
     def learned_from(self) -> int:
         """How many blocks, from the first, are learned from; a single one is both."""
-        return max(len(self.inputs) - max(1, round(len(self.inputs) * _HELD_OUT)), 0)
+        return max(self.blocks - max(1, round(self.blocks * _HELD_OUT)), 0)
 
 
 class LearnedLinear(nn.Module):
@@ -84,6 +118,7 @@ class LearnedLinear(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.grid = Grid(scheme.weights.bits, scheme.weights.half)
+        assert start.target is not None
         self.target, self.start = start.target.float().contiguous(), start.scale.float()
         self.offset = nn.Parameter(torch.zeros_like(self.target))
         self.stretch = nn.Parameter(torch.zeros_like(self.start))
@@ -207,9 +242,7 @@ def _learn(
     batches = _batches(max(task.learned_from, 1), settings)
     with torch.enable_grad():
         for step, blocks in enumerate(batches, 1):
-            gradients = torch.autograd.grad(
-                task.loss(blocks, device), parameters, allow_unused=True
-            )
+            gradients = task.gradients(blocks, parameters, device)
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
             optimizer.step()

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,18 @@ from quantkit.calibration.activations import Activations
 from quantkit.calibration.data import CalibrationSet
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint, read_json
-from quantkit.formats.writer import UNFINISHED, OutputFolder, writing
+from quantkit.formats.writer import UNFINISHED, OutputFolder, difference, writing
 from quantkit.plan import Plan
+from quantkit.ranks import Ranks
 
 # Of the state's form and meaning.
 _VERSION = 1
 
 
 def describe_run(
-    plan: Plan, data: CalibrationSet | None, seed: int, device: torch.device, processes: int
+    plan: Plan, data: CalibrationSet | None, seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """All that decides the output's bytes, as plain data."""
+    """All that decides the output's bytes, as plain data; but for how many processes add sums up."""
     import transformers
 
     return {
@@ -44,8 +45,24 @@ def describe_run(
         "calibration": data.to_dict() if data else None,
         "seed": seed,
         "device": device.type,
-        "processes": processes,
     }
+
+
+def check_alike(run: dict[str, Any], ranks: Ranks) -> None:
+    """All processes must be about the same run.
+
+    Raises:
+        QuantkitError: one has another model, recipe, text or version before it.
+    """
+    # Copies of a model on several machines have times of their own.
+    files = {name: text.rpartition(" ")[0] or text for name, text in run["model"].items()}
+    first, *others = ranks.everyones(run | {"model": files})
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            raise QuantkitError(
+                f"process {rank} is about another run than the first ({difference(first, other)}); "
+                "all need the same model, text and versions"
+            )
 
 
 def digest(run: dict[str, Any]) -> str:
@@ -82,6 +99,10 @@ def _describe_file(path: Path) -> str:
 class RunState:
     """How far a run is; the live chain of activations with it.
 
+    Args:
+        folder: where it is kept; None in processes that do not write.
+        kept: what an earlier start of the run has saved.
+
     Attributes:
         done: decoder layers that are finished.
         copied: whether the tensors outside the layers are written too.
@@ -90,7 +111,7 @@ class RunState:
         seconds: stage -> seconds spent in it, over all starts of the run.
     """
 
-    def __init__(self, folder: OutputFolder, kept: dict[str, Any] | None) -> None:
+    def __init__(self, folder: OutputFolder | None, kept: dict[str, Any] | None) -> None:
         self._folder = folder
         self._started = time.monotonic()
         kept = kept or {}
@@ -119,9 +140,11 @@ class RunState:
         """Everything up to here is safe: a new start of the same run begins behind it."""
         names = {f"{self.done}-{chain}": tensor for chain, tensor in chains.items()}
         with self.stage("save"):
-            with writing(self._folder.work):
+            with writing(self._folder.work) if self._folder else nullcontext():
                 for name, tensor in names.items():
                     store.save(name, tensor)
+            if self._folder is None:
+                return
             self._folder.save(
                 {
                     "done": self.done,

@@ -21,12 +21,12 @@ class Solved:
     Attributes:
         codes: int8 [N, K], of the rotated weight where the scheme rotates.
         scale: as stored, float32 [N, G].
-        target: float32 [N, K]: `codes` are its nearest levels.
+        target: float32 [N, K]: `codes` are its nearest levels; None where nobody asks any more.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
-    target: torch.Tensor
+    target: torch.Tensor | None = None
 
 
 def weight_scale(

@@ -14,6 +14,7 @@ from quantkit.allocation.sensitivity import Part, measure, parts_of
 from quantkit.calibration.data import CalibrationSet
 from quantkit.errors import QuantkitError
 from quantkit.plan import Plan
+from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe, Rule, Weights
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -95,6 +96,7 @@ def allocate(
     widths: list[int],
     device: torch.device,
     tell: Callable[[int, int, str], None],
+    ranks: Ranks = ALONE,
 ) -> tuple[Recipe, dict[str, Any]]:
     """The recipe with rules for the target, and what goes into the report.
 
@@ -102,7 +104,7 @@ def allocate(
         QuantkitError: the target cannot be met.
     """
     budget = check_target(plan, target, widths)
-    parts = measure(plan, data.tokens[:SAMPLES], widths, device, tell)
+    parts = measure(plan, data.tokens[:SAMPLES], widths, device, tell, ranks)
     options = [[part.sizes[b] for b in widths] for part in parts]
     chosen = choose(options, [[part.costs[b] for b in widths] for part in parts], budget)
     bits = {part.name: widths[option] for part, option in zip(parts, chosen)}

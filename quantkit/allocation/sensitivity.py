@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from quantkit.methods.hadamard import rotate
 from quantkit.models.groups import Place
 from quantkit.models.rotating import turn_values, value_block
 from quantkit.plan import Plan
+from quantkit.ranks import ALONE, Found, Ranks
 from quantkit.recipe import Weights
 from quantkit.solve import weight_scale
 
@@ -84,8 +86,12 @@ def measure(
     widths: list[int],
     device: torch.device,
     tell: Callable[[int, int, str], None],
+    ranks: Ranks = ALONE,
 ) -> list[Part]:
-    """The parts of a model with what each width costs, on `tokens` int64 [samples, seqlen]; one layer in memory."""
+    """The parts of a model with what each width costs, on `tokens` int64 [samples, seqlen]; one layer in memory.
+
+    Several processes share a layer's parts out.
+    """
     parts = parts_of(plan, widths)
     stream = LayerStream(
         plan.checkpoint, plan.skeleton, plan.structure, tokens, device, basis=plan.basis
@@ -99,16 +105,26 @@ def measure(
                 structure = plan.structure.layer(number)
                 turn_values(layer, structure, value_block(structure))
             want = _outputs(stream, layer, number)
-            for index, part in enumerate(parts):
-                if not part.linears[0].startswith(prefix):
-                    continue
-                costs = {
-                    bits: _cost(plan, stream, layer, number, part, bits, want) for bits in widths
-                }
-                parts[index] = replace(part, costs=costs)
+            costs = partial(_costs, plan, stream, layer, number, want, widths)
+            here = {n: part for n, part in enumerate(parts) if part.linears[0].startswith(prefix)}
+            sizes = [part.weights for part in here.values()]
+            for (n, part), (_, found) in ranks.share_out([*here.items()], sizes, costs):
+                parts[n] = replace(part, costs=dict(zip(widths, found)))
         assert stream.hidden is not None
         stream.hidden.copy_(want)
     return parts
+
+
+def _costs(
+    plan: Plan,
+    stream: LayerStream,
+    layer: nn.Module,
+    number: int,
+    want: torch.Tensor,
+    widths: list[int],
+    numbered: tuple[int, Part],
+) -> Found:
+    return (), [_cost(plan, stream, layer, number, numbered[1], bits, want) for bits in widths]
 
 
 def _cost(

@@ -10,22 +10,23 @@ from pathlib import Path
 
 import torch
 
+from quantkit.ranks import ALONE, Ranks
+
 _CHUNK = 64 << 20
 
 
 class Activations:
-    """Tensors float32 [samples, seqlen, width] of one run.
+    """Tensors float32 [samples, seqlen, width] of one run; of several processes each has some of the samples.
 
     Args:
         folder: for the files.
         offload: keep them in mapped files: pages that memory has no room for go to the disk.
-        suffix: tells the files of several processes apart.
     """
 
-    def __init__(self, folder: Path, *, offload: bool = False, suffix: str = "") -> None:
+    def __init__(self, folder: Path, *, offload: bool = False, ranks: Ranks = ALONE) -> None:
         self._folder = folder
         self.offload = offload
-        self._suffix = suffix
+        self._ranks = ranks
         self._maps: list[mmap.mmap] = []
 
     def empty(self, *shape: int) -> torch.Tensor:
@@ -36,7 +37,7 @@ class Activations:
         """
         if not self.offload or not math.prod(shape):
             return torch.empty(shape)
-        path = self._folder / f"offload-{len(self._maps)}{self._suffix}.bin"
+        path = self._folder / f"offload-{self._ranks.rank}-{len(self._maps)}.bin"
         size = math.prod(shape) * 4
         with path.open("w+b") as file:
             # Now, and not by a signal in the middle of the work, is when a full disk shows.
@@ -51,45 +52,69 @@ class Activations:
             each.madvise(mmap.MADV_DONTNEED)
 
     def save(self, name: str, tensor: torch.Tensor) -> None:
-        """A copy on disk, whole or not there at all.
+        """A copy on disk of all processes' samples, whole or not there at all; the first process writes it.
 
         Raises:
             OSError: it cannot be written.
         """
+        if not self._ranks.leads:
+            self._ranks.collect(tensor, self._refuse)
+            return
         path = self._path(name)
         temporary = path.with_suffix(".new")
-        data = memoryview(tensor.detach().contiguous().view(-1).numpy().data).cast("B")
         with temporary.open("wb", buffering=0) as file:
-            for first in range(0, len(data), _CHUNK):
-                piece = data[first : first + _CHUNK]
-                while piece:
-                    piece = piece[file.write(piece) :]
-                self.release()
+
+            def write(samples: torch.Tensor) -> None:
+                data = _bytes(samples.detach().contiguous())
+                for first in range(0, len(data), _CHUNK):
+                    piece = data[first : first + _CHUNK]
+                    while piece:
+                        piece = piece[file.write(piece) :]
+                    self.release()
+
+            self._ranks.collect(tensor, write)
             os.fsync(file.fileno())
         temporary.replace(path)
 
     def load(self, name: str, *shape: int) -> torch.Tensor:
-        """What `save` kept, as a tensor of this shape to be written to.
+        """This process's samples of what `save` kept, as a tensor of this shape to be written to.
 
         Raises:
             OSError: it is not there, or not of this size.
         """
         tensor = self.empty(*shape)
-        data = memoryview(tensor.view(-1).numpy().data).cast("B")
-        if self._path(name).stat().st_size != len(data):
-            raise OSError(f"{self._path(name)}: has another size")
-        with self._path(name).open("rb", buffering=0) as file:
-            while data and (count := file.readinto(data[:_CHUNK])):
-                data = data[count:]
-                self.release()
+        samples = sum(self._ranks.everyones(shape[0]))
+        if not self._ranks.leads:
+            self._ranks.hand_out(tensor, self._refuse)
+            return tensor
+        path = self._path(name)
+        if path.stat().st_size != samples * math.prod(shape[1:]) * tensor.element_size():
+            raise OSError(f"{path}: has another size")
+        with path.open("rb", buffering=0) as file:
+
+            def read(samples: torch.Tensor) -> None:
+                data = _bytes(samples)
+                while data and (count := file.readinto(data[:_CHUNK])):
+                    data = data[count:]
+                    self.release()
+
+            self._ranks.hand_out(tensor, read)
         return tensor
 
     def keep_only(self, names: set[str]) -> None:
-        """Remove the copies of other names that this process made."""
+        """Remove the copies of other names."""
         keep = {self._path(name) for name in names}
-        for path in self._folder.glob(f"activations-*{self._suffix}.bin"):
-            if path not in keep:
+        for path in self._folder.glob("activations-*.bin"):
+            if self._ranks.leads and path not in keep:
                 path.unlink()
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"activations-{name}{self._suffix}.bin"
+        return self._folder / f"activations-{name}.bin"
+
+    @staticmethod
+    def _refuse(_: torch.Tensor) -> None:
+        raise AssertionError("only the first process reads and writes")
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).numpy().data).cast("B")

@@ -6,6 +6,7 @@ import torch
 
 from quantkit.methods.gptq import accumulate_hessian
 from quantkit.methods.hadamard import rotate_hessian
+from quantkit.ranks import Ranks
 
 
 class InputStatistics:
@@ -40,6 +41,22 @@ class InputStatistics:
             accumulate_hessian(self.hessian, x)
         step = max(1, x.shape[0] // self._per_batch)
         self._rows.append(x[::step][: self._per_batch].clone())
+
+    @property
+    def finite(self) -> bool:
+        """Whether all that was seen here is: NaN and infinity stay in the maxima."""
+        return bool(torch.isfinite(self.absmax).all())
+
+    def combine(self, ranks: Ranks) -> None:
+        """From here on, what all processes have seen."""
+        ranks.largest(self.absmax)
+        for sums in (self._abs, self._square, self.hessian):
+            if sums is not None:
+                ranks.total(sums)
+        self._rows = [ranks.joined(self.rows)]
+        count = torch.tensor([self.tokens])
+        ranks.total(count)
+        self.tokens = int(count)
 
     @property
     def mean_abs(self) -> torch.Tensor:
@@ -94,3 +111,12 @@ class KeyStatistics:
         pairs = pair_magnitude(keys).amax(0)
         self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
         self.pairs = pairs if self.pairs is None else torch.maximum(self.pairs, pairs)
+
+    def combine(self, ranks: Ranks) -> None:
+        """From here on, what all processes have seen."""
+        if self.absmax is None or self.pairs is None:
+            return  # no model whose attention can be watched
+        ranks.largest(self.absmax)
+        ranks.largest(self.pairs)
+        joined = [ranks.joined(torch.cat(each)) for each in zip(*self.samples)]
+        self.samples = list(zip(*(each[: self._keep].split(1) for each in joined)))

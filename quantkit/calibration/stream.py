@@ -12,15 +12,20 @@ from torch import nn
 
 from quantkit.calibration.activations import Activations
 from quantkit.calibration.statistics import InputStatistics, KeyStatistics
+from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.memory import trim
 from quantkit.models.entry import LayerCall, layer_calls, outside
 from quantkit.models.groups import LayerStructure
 from quantkit.models.rotating import ResidualBasis
 from quantkit.models.structure import Structure
+from quantkit.ranks import ALONE, Ranks
 
 # Tokens per forward: enough to keep the cores busy, small enough that a layer's intermediates stay small.
 _TOKENS_PER_BATCH = 4096
+# There are at least so many batches, where there are as many samples: as many processes can then have a part of the
+# samples, and still see the batches that one alone would.
+_BATCHES = 8
 
 
 class LayerStream:
@@ -36,10 +41,14 @@ class LayerStream:
         store: where activations live.
         done: layers that an earlier start has finished: the store has what they gave.
         basis: what the residual stream is turned into; layers come turned, and so do the activations.
+        ranks: the processes that the samples are split over; `tokens` are those of all.
 
     Attributes:
-        hidden: the quantized layers' outputs so far, the next layer's inputs, float32 [samples, seqlen, width].
+        hidden: the quantized layers' outputs so far, the next layer's inputs, float32 [samples, seqlen, width]; of
+            this process's samples.
         hidden_reference: the same of the original layers, or None.
+        first: the number of this process's first sample.
+        batches: how many there are, of all processes.
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class LayerStream:
         store: Activations | None = None,
         done: int = 0,
         basis: ResidualBasis | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._basis = basis
         self._checkpoint = checkpoint
@@ -64,9 +74,12 @@ class LayerStream:
         self._store = store or Activations(Path())
         self.hidden: torch.Tensor | None = None
         self.hidden_reference: torch.Tensor | None = None
+        self.first = self.batches = 0
         if tokens is not None:
-            self._batch = max(1, _TOKENS_PER_BATCH // tokens.shape[1])
-            self._embed(skeleton, tokens, done)
+            self._batch = batch_size(tokens.shape[0], tokens.shape[1], ranks.size)
+            self.batches = -(-len(tokens) // self._batch)
+            self.first, last = (self._batch * n for n in ranks.span(self.batches))
+            self._embed(skeleton, tokens[self.first : last], done)
             if reference:
                 self.hidden_reference = self._start("hidden_reference", done, self.hidden)
 
@@ -151,10 +164,6 @@ class LayerStream:
             self._basis.turn_layer(layer, self._structure.layer(number))
         return layer.requires_grad_(False)
 
-    @property
-    def batches(self) -> int:
-        return 0 if self.hidden is None else -(-self.hidden.shape[0] // self._batch)
-
     def forward(self, layer: nn.Module, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """A layer's outputs for some blocks of inputs [blocks, seqlen, width]."""
         if hidden.shape[0] in self._calls:
@@ -169,7 +178,7 @@ class LayerStream:
         sink: Callable[[int, torch.Tensor], None],
         hidden: torch.Tensor | None = None,
     ) -> None:
-        """Run every block through a layer; `sink(first, output)` gets the outputs of blocks first, first + 1, ...
+        """Run each block through a layer; `sink(first, output)` gets the outputs of blocks first, first + 1, ...
 
         The inputs are the stream's, or `hidden`.
         """
@@ -196,6 +205,19 @@ class LayerStream:
         self.run(layer, number, replace, hidden)
 
 
+def batch_size(samples: int, seqlen: int, processes: int = 1) -> int:
+    """How many samples go through a layer together; there are at least as many batches as processes.
+
+    Raises:
+        QuantkitError: there are not as many samples.
+    """
+    if samples < processes:
+        raise QuantkitError(
+            f"{samples} calibration samples cannot be split over {processes} processes; start fewer, or use more --samples"
+        )
+    return max(1, min(_TOKENS_PER_BATCH // seqlen, samples // max(processes, _BATCHES)))
+
+
 def _rows(embedding: Any, checkpoint: Checkpoint, name: str, tokens: torch.Tensor) -> torch.Tensor:
     """What an input embedding gives for tokens; only the rows that occur are read."""
     wanted, place = tokens.unique(return_inverse=True)
@@ -210,15 +232,26 @@ def _rows(embedding: Any, checkpoint: Checkpoint, name: str, tokens: torch.Tenso
 
 @contextmanager
 def observe(
-    layer: nn.Module, structure: LayerStructure, *, hessians: set[str], keep_rows: int, batches: int
+    layer: nn.Module,
+    structure: LayerStructure,
+    *,
+    hessians: set[str],
+    keep_rows: int,
+    batches: int,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[dict[str, InputStatistics], KeyStatistics]]:
     """Hooks on a layer that collect statistics of every input group, and of the keys, while it runs.
+
+    At the end of the context the statistics are those of all processes.
 
     Args:
         structure: the layer's.
         hessians: names of the input groups whose Hessian is needed.
         keep_rows: how many tokens of each input to keep.
-        batches: how many batches will come.
+        batches: how many batches will come, to all processes.
+
+    Raises:
+        QuantkitError: an input was not finite.
     """
     inputs: dict[str, InputStatistics] = {}
     handles = []
@@ -249,3 +282,12 @@ def observe(
         del attention.key_observer
         for handle in handles:
             handle.remove()
+    for group in structure.inputs:
+        if not inputs[group.name].finite:
+            raise QuantkitError(
+                f"the inputs of {', '.join(group.linears)} are not finite on the calibration text: the model's own "
+                "activations overflow, or a layer before was spoilt; quantkit verify tells of a damaged checkpoint"
+            )
+    for stats in inputs.values():
+        stats.combine(ranks)
+    keys.combine(ranks)

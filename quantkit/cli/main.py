@@ -29,6 +29,7 @@ from quantkit.cli import (
     verify,
 )
 from quantkit.errors import InternalError, QuantkitError
+from quantkit.ranks import speaks
 
 app = typer.Typer(
     name="quantkit",
@@ -83,6 +84,7 @@ def _quiet() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
 
@@ -107,6 +109,8 @@ def main() -> None:
             _INTERRUPTED,
         )
     except _UsageError as error:
+        if not speaks():
+            sys.exit(2)
         context = getattr(error, "ctx", None)
         what = " ".join(error.format_message().split())  # type: ignore[attr-defined]
         _fail(f"{what} (see `{context.command_path if context else 'quantkit'} --help`)", 2)

@@ -49,6 +49,11 @@ def note(text: str) -> None:
     err.print(text, style="dim", markup=False)
 
 
+def hush() -> None:
+    """Notes, progress and results are another process's to print."""
+    out.quiet = err.quiet = True
+
+
 @contextmanager
 def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
     """A bar with a rolling estimate of the whole job; nothing where stderr is no terminal."""

@@ -10,6 +10,7 @@ from quantkit.cli.output import (
     JsonOption,
     TrustOption,
     err,
+    hush,
     note,
     out,
     print_json,
@@ -83,41 +84,48 @@ def command(
     from quantkit.calibration.sources import BUNDLED_CALIBRATION
     from quantkit.models.names import BUNDLED
     from quantkit.pipeline import quantize
+    from quantkit.ranks import joined
     from quantkit.recipe import Recipe
 
-    resolved = Recipe.load(recipe, sets)
-    if push is not None:
-        hub.check_target(push, overwrite=overwrite)
-    if model == BUNDLED:
-        note(
-            "llama: the small Llama that comes with quantkit; name a folder or a hub id to quantize another"
-        )
-    elif (
-        calib is None
-        and resolved.calibration.source == BUNDLED_CALIBRATION
-        and (resolved.needs_calibration or target_bits or target_size)
-    ):
-        note(
-            "calibrating on the bundled King James text; --calib c4, or a file, suits other models better"
-        )
-    with progress_bar() as progress:
-        report = quantize(
-            model,
-            resolved,
-            output,
-            calib=calib,
-            samples=samples,
-            seqlen=seqlen,
-            device=device,
-            seed=seed,
-            overwrite=overwrite,
-            target_bits=target_bits,
-            target_size=target_size,
-            widths=_widths(widths),
-            offload=offload,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+    with joined(device) as ranks:
+        if not ranks.leads:
+            hush()
+        resolved = Recipe.load(recipe, sets)
+        if push is not None and ranks.leads:
+            hub.check_target(push, overwrite=overwrite)
+        if model == BUNDLED:
+            note(
+                "llama: the small Llama that comes with quantkit; name a folder or a hub id to quantize another"
+            )
+        elif (
+            calib is None
+            and resolved.calibration.source == BUNDLED_CALIBRATION
+            and (resolved.needs_calibration or target_bits or target_size)
+        ):
+            note(
+                "calibrating on the bundled King James text; --calib c4, or a file, suits other models better"
+            )
+        with progress_bar() as progress:
+            report = quantize(
+                model,
+                resolved,
+                output,
+                calib=calib,
+                samples=samples,
+                seqlen=seqlen,
+                device=device,
+                seed=seed,
+                overwrite=overwrite,
+                target_bits=target_bits,
+                target_size=target_size,
+                widths=_widths(widths),
+                offload=offload,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+                ranks=ranks,
+            )
+    if not ranks.leads:
+        return
     if push is not None:
         report["pushed"] = hub.push(report["output"], push, overwrite=overwrite)
     if as_json:

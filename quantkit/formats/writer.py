@@ -234,7 +234,7 @@ class OutputFolder:
         run = json.loads(json.dumps(run, default=str))
         self._run, saved = run, self._saved()
         if saved and run and saved.get("run") != run and not self._overwrite:
-            what = _difference(saved.get("run") or {}, run)
+            what = difference(saved.get("run") or {}, run)
             raise QuantkitError(
                 f"{self.path}: holds the unfinished output of another run ({what}); "
                 "--overwrite discards it, -o chooses another folder"
@@ -371,12 +371,12 @@ class OutputFolder:
                 sync_folder(self.path)
 
 
-def _difference(old: Any, new: Any, where: str = "") -> str:
+def difference(old: Any, new: Any, where: str = "") -> str:
     """The first thing in which two runs differ, as `recipe.weights.bits: 4 there, 8 here`."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(k for k in new if k not in old)]:
             if old.get(key) != new.get(key):
-                return _difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+                return difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
     return f"{where or 'run'}: {_short(old)} there, {_short(new)} here"
 
 
