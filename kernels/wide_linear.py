@@ -14,21 +14,25 @@ _TILE_BYTES = 2 << 20
 
 def _reference(
     x: torch.Tensor,
+    x_scale: torch.Tensor | None,
     weight: torch.Tensor,
     scale: torch.Tensor,
-    row_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    half: bool,
-    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    half: bool = False,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y [..., N] = row_scale * (x @ (q * scale)^T) + bias in `dtype`, (q + 1/2) * scale where `half`.
+    """y [..., N] = x_scale * (x @ (q * scale)^T) + bias, (q + 1/2) * scale where `half`.
 
     Args:
         x: [..., K], the input itself, or the values of its codes; bf16 or float32 (fp16: computed in float32).
+        x_scale: float32 [..., 1], the step of the codes, or None.
         weight: int8 [N, K].
         scale: bf16 or float32 [N, G] for groups of K / G inputs.
-        row_scale: float32 [..., 1], the step of the codes, or None.
         bias: [N] or None.
+        out_dtype: the output's.
+        half: whether the weight's codes are half-integers.
+        residual: [..., N], added to the rounded output, or None.
 
     Raises:
         ValueError: the shapes do not fit together.
@@ -42,17 +46,18 @@ def _reference(
         part = slice(first, first + tile)
         values = int4_weight.scaled(weight[part], scale[part], rows.dtype, half)
         out[:, part] = F.linear(rows, values)
-    return int4_weight.finish(out, row_scale, bias, (*x.shape[:-1], n), dtype)
+    return int4_weight.finish(out, x_scale, bias, (*x.shape[:-1], n), out_dtype, residual)
 
 
 def _check(
     x: torch.Tensor,
+    x_scale: torch.Tensor | None,
     weight: torch.Tensor,
     scale: torch.Tensor,
-    row_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    half: bool,
-    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    half: bool = False,
+    residual: torch.Tensor | None = None,
 ) -> None:
     shapes = f"x {tuple(x.shape)}, weight {weight.dtype} {tuple(weight.shape)}, scale {tuple(scale.shape)}"
     if weight.dim() != 2 or weight.dtype != torch.int8:
@@ -63,18 +68,20 @@ def _check(
         raise ValueError(f"scale must be [N, G] with G a divisor of K: {shapes}")
     if bias is not None and bias.shape != (len(weight),):
         raise ValueError(f"bias must be [{len(weight)}], got {tuple(bias.shape)}: {shapes}")
+    int4_weight.check_last(x, len(weight), residual)
 
 
 def _fake(
     x: torch.Tensor,
+    x_scale: torch.Tensor | None,
     weight: torch.Tensor,
     scale: torch.Tensor,
-    row_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    half: bool,
-    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    half: bool = False,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
 
 
 wide_linear = Op("wide_linear", _reference, check=_check, fake=_fake)

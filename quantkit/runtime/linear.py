@@ -135,7 +135,8 @@ class QuantLinear(nn.Module):
         scheme, acts = self.scheme, self.scheme.activations
         bias = self.bias if bias is None else bias
         if self.op is wide_linear:
-            return (*self._values(x), bias, scheme.weights.half, x.dtype)
+            rest = (self.packed, self.weight_scale, bias, x.dtype, scheme.weights.half)
+            return (*self._values(x), *rest)
         if scheme.weights.half:
             assert acts is not None
             block = scheme.rotation or 1  # 1: turned in the weights already
@@ -147,30 +148,22 @@ class QuantLinear(nn.Module):
         codes, scale = quantize_activation(x, acts)
         return (codes, scale, self.packed, self.weight_scale, bias, x.dtype)
 
-    def _values(
-        self, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What `wide_linear` takes first: the codes' values and step, or the input itself and None."""
         acts = self.scheme.activations
         if self.scheme.rotation:
             x = hadamard(x, self.scheme.rotation)
         if acts is None:
-            return x, self.packed, self.weight_scale, None
+            return x, None
         codes, step = quantize_activation(x, acts)
         # An e4m3 number, and n + 1/2 of up to eight bits, are exact in bf16.
         values = codes.to(torch.float32 if x.dtype == torch.float32 else torch.bfloat16)
-        return values + 0.5 if acts.half else values, self.packed, self.weight_scale, step
+        return values + 0.5 if acts.half else values, step
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The output [..., out_features], with `residual` of that shape added where one is given."""
-        arguments = self.arguments(x)
-        output: torch.Tensor
-        if residual is None:
-            output = self.op(*arguments)
-        elif self.op is wide_linear:
-            output = residual + self.op(*arguments)
-        else:
-            output = self.op(*arguments, residual=residual)
+        added = {} if residual is None else {"residual": residual}
+        output: torch.Tensor = self.op(*self.arguments(x), **added)
         return output
 
     def extra_repr(self) -> str:

@@ -17,11 +17,11 @@ def test_it_is_the_product_with_the_expanded_weight(dtype, groups: int, half: bo
     values = codes.double() + (0.5 if half else 0.0)
     dense = values * scale.double().repeat_interleave(k // groups, 1)
     want = step.double() * (x.double() @ dense.T) + bias.double()
-    got = wide_linear(x, codes, scale, step, bias, half, dtype)
+    got = wide_linear(x, step, codes, scale, bias, dtype, half)
     assert (got.dtype, got.shape) == (dtype, (2, 3, n))
     near = 1e-5 if dtype == torch.float32 else 6e-3
     assert float((got.double() - want).norm() / want.norm()) < near
-    plain = wide_linear(x, codes, scale, None, None, half, dtype)
+    plain = wide_linear(x, None, codes, scale, None, dtype, half)
     assert torch.allclose(plain.float() * step + bias, got.float(), rtol=0.02, atol=0.1)
 
 
@@ -37,4 +37,4 @@ def test_shapes_that_do_not_fit(shapes, says: str):
     x, weight, scale = shapes
     codes = torch.zeros(weight, dtype=torch.int8)
     with pytest.raises(ValueError, match=says):
-        wide_linear(torch.zeros(x), codes, torch.ones(scale), None, None, False, torch.float32)
+        wide_linear(torch.zeros(x), None, codes, torch.ones(scale))
