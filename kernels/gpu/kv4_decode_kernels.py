@@ -61,6 +61,60 @@ def _round_query(value, scale, ROUND: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def _queries(
+    x, post, word, inside, FACTOR,
+    DIM: tl.constexpr, POST: tl.constexpr, ROUND: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Queries at x [BM, 1] -> (their operands for a word's four nibbles, their offsets, their scores' factors)."""
+    # Columns of a word's nibbles: 2w, 2w + D / 2, 2w + 1, 2w + 1 + D / 2.
+    x0 = _query(x, 2 * word, inside, post, POST)
+    x1 = _query(x, 2 * word + DIM // 2, inside, post, POST)
+    x2 = _query(x, 2 * word + 1, inside, post, POST)
+    x3 = _query(x, 2 * word + 1 + DIM // 2, inside, post, POST)
+    factor = tl.zeros([x.shape[0]], tl.float32) + FACTOR
+    scale = tl.zeros([x.shape[0], 1], tl.float32) + 1.0
+    if ROUND:
+        top = tl.maximum(tl.max(tl.abs(x0), 1), tl.max(tl.abs(x1), 1))
+        top = tl.maximum(top, tl.maximum(tl.max(tl.abs(x2), 1), tl.max(tl.abs(x3), 1)))
+        scale = tl.div_rn(top, 448.0)[:, None]
+        # Never zero: a query of zeros has scores of zero by itself, and masks are divided by this.
+        factor *= tl.where(top > 0, tl.div_rn(top, 448.0), 1.0)
+    q0, x0 = _round_query(x0, scale, ROUND, INTERPRET)
+    q1, x1 = _round_query(x1, scale, ROUND, INTERPRET)
+    q2, x2 = _round_query(x2, scale, ROUND, INTERPRET)
+    q3, x3 = _round_query(x3, scale, ROUND, INTERPRET)
+    return q0, q1, q2, q3, tl.sum(x0 + x1 + x2 + x3, axis=1) * _OFFSET, factor
+
+
+@triton.jit
+def _part(
+    length, token, split, T, S,
+    BN: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
+    """(begin, end) of the keys of one split that any of the tokens sees, and how many keys there are in all."""
+    there = S
+    if LENGTH:
+        there = tl.minimum(tl.load(length).to(tl.int32), S)
+    begin = there * 0
+    end = there
+    if CAUSAL:
+        end = tl.minimum(there, there - T + tl.max(token).to(tl.int32) + 1)
+        if WINDOW > 0:
+            begin = tl.maximum(0, there - T + tl.min(token).to(tl.int32) + 1 - WINDOW)
+    if SPLIT > 1:
+        each = tl.cdiv(tl.cdiv(end - begin, SPLIT), BN) * BN
+        end = tl.minimum(end, begin + (split + 1) * each)
+        begin = begin + split * each
+    return begin, end, there
+
+
+@triton.jit
+def _store(y, x, inside, INTERPRET: tl.constexpr):
+    dtype: tl.constexpr = y.dtype.element_ty
+    tl.store(y, round_to(x, dtype, INTERPRET).to(dtype), mask=inside)
+
+
+@triton.jit
 def _scores(q0, q1, q2, q3, words, offset, key_factor, bias, INTERPRET: tl.constexpr):
     """[BM, BN]: the query's numbers times the keys', without the query's factor; -inf where bias is."""
     scores = tl.dot(q0, tl.trans(_operand(words, 0, INTERPRET)))
@@ -220,42 +274,13 @@ def attention_kernel(
     word = tl.arange(0, WORDS)
     word_inside = word < DIM // 4
 
-    # Columns of a word's nibbles: 2w, 2w + D / 2, 2w + 1, 2w + 1 + D / 2.
-    x = query + batch * q_batch + (head * q_head + token * q_token)[:, None]
-    post = post_scale + kv_head * DIM
     inside = row_inside[:, None] & word_inside[None, :]
-    x0 = _query(x, 2 * word, inside, post, POST)
-    x1 = _query(x, 2 * word + DIM // 2, inside, post, POST)
-    x2 = _query(x, 2 * word + 1, inside, post, POST)
-    x3 = _query(x, 2 * word + 1 + DIM // 2, inside, post, POST)
-    factor = tl.zeros([BM], tl.float32) + FACTOR
-    scale = tl.zeros([BM, 1], tl.float32) + 1.0
-    if ROUND:
-        top = tl.maximum(tl.max(tl.abs(x0), 1), tl.max(tl.abs(x1), 1))
-        top = tl.maximum(top, tl.maximum(tl.max(tl.abs(x2), 1), tl.max(tl.abs(x3), 1)))
-        scale = tl.div_rn(top, 448.0)[:, None]
-        # Never zero: a query of zeros has scores of zero by itself, and masks are divided by this.
-        factor *= tl.where(top > 0, tl.div_rn(top, 448.0), 1.0)
-    q0, x0 = _round_query(x0, scale, ROUND, INTERPRET)
-    q1, x1 = _round_query(x1, scale, ROUND, INTERPRET)
-    q2, x2 = _round_query(x2, scale, ROUND, INTERPRET)
-    q3, x3 = _round_query(x3, scale, ROUND, INTERPRET)
-    offset = tl.sum(x0 + x1 + x2 + x3, axis=1) * _OFFSET
-
-    there = S
-    if LENGTH:
-        there = tl.minimum(tl.load(length).to(tl.int32), S)
-    begin = there * 0
-    end = there
-    if CAUSAL:
-        end = tl.minimum(there, there - T + tl.max(token).to(tl.int32) + 1)
-        if WINDOW > 0:
-            begin = tl.maximum(0, there - T + tl.min(token).to(tl.int32) + 1 - WINDOW)
-    if SPLIT > 1:
-        each = tl.cdiv(tl.cdiv(end - begin, SPLIT), BN) * BN
-        end = tl.minimum(end, begin + (split + 1) * each)
-        begin = begin + split * each
-
+    q0, q1, q2, q3, offset, factor = _queries(
+        query + batch * q_batch + (head * q_head + token * q_token)[:, None],
+        post_scale + kv_head * DIM,
+        *(word, inside, FACTOR, DIM, POST, ROUND, INTERPRET),
+    )
+    begin, end, there = _part(length, token, split, T, S, BN, SPLIT, CAUSAL, WINDOW, LENGTH)
     place = batch * codes_batch + kv_head * codes_head + begin.to(tl.int64) * (DIM // 4)
     inner = tl.arange(0, BN)
     tile = inner[:, None] * (DIM // 4) + word[None, :]
@@ -358,29 +383,11 @@ def attention_kernel(
     else:
         y = out + ((batch * KV_HEADS * GROUP + head) * T + token)[:, None] * DIM
         share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)[:, None]
-    dtype: tl.constexpr = y.dtype.element_ty
     column = 2 * word[None, :]
-    for_output: tl.constexpr = dtype
-    tl.store(
-        y + column,
-        round_to((o0 - excess) * share, for_output, INTERPRET).to(for_output),
-        mask=inside,
-    )
-    tl.store(
-        y + column + DIM // 2,
-        round_to((o1 - excess) * share, for_output, INTERPRET).to(for_output),
-        mask=inside,
-    )
-    tl.store(
-        y + column + 1,
-        round_to((o2 - excess) * share, for_output, INTERPRET).to(for_output),
-        mask=inside,
-    )
-    tl.store(
-        y + column + 1 + DIM // 2,
-        round_to((o3 - excess) * share, for_output, INTERPRET).to(for_output),
-        mask=inside,
-    )
+    _store(y + column, (o0 - excess) * share, inside, INTERPRET)
+    _store(y + column + DIM // 2, (o1 - excess) * share, inside, INTERPRET)
+    _store(y + column + 1, (o2 - excess) * share, inside, INTERPRET)
+    _store(y + column + 1 + DIM // 2, (o3 - excess) * share, inside, INTERPRET)
 
 
 @triton.jit
