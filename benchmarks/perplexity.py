@@ -35,6 +35,7 @@ RUNS: list[tuple[str, list[str]]] = [
     ("int8", []),
     ("int4", []),
     ("gptq", []),
+    ("gptq-refined", []),
     ("crossquant", []),
     ("crossquant-w4a8", []),
     ("fireq", []),

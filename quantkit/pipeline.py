@@ -244,13 +244,16 @@ def _quantize_layers(
             ranks=ranks,
         )
     curvature = None
-    if plan.recipe.refine and plan.recipe.refine.curvature and data and plan.basis is None:
+    if plan.recipe.refine and plan.recipe.refine.curvature and data:
         with state.stage("curvature"):
             curvature = output_curvature(
                 plan.checkpoint, plan.skeleton, plan.structure, data.tokens, device
             )
         for root in curvature or ():
             ranks.leaders_tensor(root)
+        if curvature and plan.basis:
+            # |e C| for an error e is |turn(e) C'| for C' = R^T C.
+            curvature = [plan.basis.turn(root.T).T for root in curvature]
     for number in _unfinished(plan, state, tell):
         # Whatever is drawn at random is a function of seed and layer, also in a run that was gone on with.
         with torch.random.fork_rng():

@@ -24,7 +24,7 @@ from quantkit.calibration.simulate import SimulatedLinear
 from quantkit.formats.scheme import Scheme
 from quantkit.methods.hadamard import rotate
 from quantkit.methods.learned_rounding import encode_with_offset, round_with_offset
-from quantkit.methods.rounding import Grid, dequantize
+from quantkit.methods.rounding import Grid, dequantize, expand
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Refine
 from quantkit.runtime.activations import round_activation
@@ -144,7 +144,8 @@ class LearnedLinear(nn.Module):
         """What was learned, as it is stored."""
         scale = self.scale()
         codes = encode_with_offset(self.target, scale, self.offset, self.grid)
-        return Solved(codes, scale, self.target)
+        moved = self.offset * expand(scale, self.target.shape[1])
+        return Solved(codes, scale, self.target + moved)
 
 
 class LearnedNorm(nn.Module):

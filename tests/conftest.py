@@ -57,13 +57,15 @@ def quantized(
     tiny: Callable[..., Path], text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """(recipe, model_type, settings...) -> the folder of a quantized tiny checkpoint, made once."""
-    from quantkit import quantize
+    from quantkit import Recipe, quantize
 
     made: dict[tuple[str, ...], Path] = {}
 
     def get(recipe: str, model_type: str = "llama", *settings: str) -> Path:
         key = (recipe, model_type, *settings)
         if key not in made:
+            # What a refinement learns is tested elsewhere; here a few steps do.
+            few = ["refine.steps=8"] if Recipe.load(recipe).refine else []
             folder = tmp_path_factory.mktemp("quantized") / f"{model_type}-{recipe}"
             quantize(
                 str(tiny(model_type)),
@@ -72,7 +74,7 @@ def quantized(
                 calib=str(text),
                 samples=16,
                 seqlen=128,
-                overrides=list(settings),
+                overrides=[*few, *settings],
             )
             made[key] = folder
         return made[key]

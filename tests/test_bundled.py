@@ -80,6 +80,7 @@ LIMITS = {
     "crossquant": (1.003, 1.003),
     "crossquant-w4a8": (1.025, 1.025),
     "fireq": (1.03, 1.05),
+    "gptq-refined": (1.008, 1.008),
     "quest-hadamard": (1.012, 1.012),
     "quest-hadamard-offline": (1.012, 1.012),
     "quest-hadamard-w4a4": (1.035, 1.035),

@@ -25,6 +25,7 @@ def test_every_recipe_of_the_package_resolves(structure, linears):
         "crossquant-w4a8",
         "fireq",
         "gptq",
+        "gptq-refined",
         "int4",
         "int8",
         "quest-hadamard",
