@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py --peers-python /path/to/env/bin/python [--peers-python ...] [MODEL...]
     python benchmarks/accuracy.py --only '*w4a16*' --only int4         some of them, added to what is there
     python benchmarks/accuracy.py --seconds-only                       time and memory again, accuracy as it is
+    python benchmarks/accuracy.py --seconds-only random-1b --samples 4 of a generated model
     python benchmarks/accuracy.py --table                              what is there, as Markdown
 
 Each model is taken as it is and with planted outliers. Protocol gptq on the held-out sample, calibration on 64 blocks
@@ -22,8 +23,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,8 @@ from typing import Any
 
 import torch
 import transformers
+from memory import generate
+from processes import run
 from safetensors.torch import save_file
 
 import quantkit
@@ -77,7 +78,7 @@ class Job:
     command: Command
 
 
-def our_jobs() -> list[Job]:
+def our_jobs(samples: int) -> list[Job]:
     """Every recipe; those with quantized keys and values also without, to stand beside peers of the same format."""
     jobs = []
     for recipe in recipe_names():
@@ -97,7 +98,7 @@ def our_jobs() -> list[Job]:
             ) -> list[str]:
                 numbers = ["--seed", str(seed)]
                 if quantkit.Recipe.load(recipe).needs_calibration:
-                    numbers += ["--samples", str(SAMPLES), "--seqlen", str(SEQLEN)]
+                    numbers += ["--samples", str(samples), "--seqlen", str(SEQLEN)]
                 return [sys.executable, "-m", "quantkit", "quantize", str(source), "-r", recipe, "-o", str(out),
                         "--overwrite", "--json", *numbers, *words]  # fmt: skip
 
@@ -132,56 +133,6 @@ def peer_jobs(pythons: list[str]) -> list[Job]:
 def _has(python: str, package: str) -> bool:
     code = f"import importlib.metadata as m; m.version({package!r})"
     return subprocess.run([python, "-c", code], capture_output=True, check=False).returncode == 0
-
-
-def run(command: list[str]) -> dict[str, Any]:
-    """Run to the end: wall seconds, and the largest resident memory of the process and its children together.
-
-    Raises:
-        RuntimeError: it failed; the message holds the end of what it printed.
-    """
-    started, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err)
-        done = threading.Event()
-
-        def watch() -> None:
-            nonlocal peak
-            while not done.wait(0.1):
-                peak = max(peak, resident(process.pid))
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        code = process.wait()
-        done.set()
-        watcher.join()
-        seconds = time.perf_counter() - started
-        if code:
-            err.seek(0)
-            raise RuntimeError(err.read().decode(errors="replace")[-600:])
-        out.seek(0)
-        text = out.read().decode(errors="replace")
-    return {"wall_seconds": seconds, "peak_bytes": peak, "stdout": text}
-
-
-def resident(root: int) -> int:
-    """Resident bytes of a process and all below it, from /proc."""
-    parents: dict[int, int] = {}
-    pages: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                # The name in parentheses may hold anything: what follows the last one is fixed.
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it has ended
-                continue
-            parents[int(entry.name)], pages[int(entry.name)] = int(fields[1]), int(fields[21])
-    family, added = {root}, True
-    while added:
-        more = {pid for pid, parent in parents.items() if parent in family} - family
-        added = bool(more)
-        family |= more
-    return sum(pages.get(pid, 0) for pid in family) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Rounding:
@@ -223,16 +174,23 @@ def load_result(out: Path) -> Any:
 class Bench:
     """One checkpoint: its original, its calibration blocks per seed, its windows."""
 
-    def __init__(self, name: str, path: Path, folder: Path) -> None:
-        self.name, self.path, self.folder = name, path, folder
+    def __init__(self, name: str, path: Path, folder: Path, samples: int) -> None:
+        self.name, self.path, self.folder, self.samples = name, path, folder, samples
         self.tokenizer = load_tokenizer(path)
-        self.original = quantkit.load(path, dtype=torch.float32)
+        self._original: Any = None
         tokens = tokenize(self.tokenizer, read_text("sample", split="test"))
         self.windows = cut_windows(tokens, SEQLEN)
 
+    @property
+    def original(self) -> Any:
+        """Loaded when first asked for: timings of large models do not need it."""
+        if self._original is None:
+            self._original = quantkit.load(self.path, dtype=torch.float32)
+        return self._original
+
     def blocks(self, seed: int) -> tuple[Path, torch.Tensor]:
         path = self.folder / f"blocks-{seed}.safetensors"
-        tokens = calibration_blocks(self.tokenizer, "bundled", SAMPLES, SEQLEN, seed).tokens
+        tokens = calibration_blocks(self.tokenizer, "bundled", self.samples, SEQLEN, seed).tokens
         save_file({"tokens": tokens}, str(path))
         return path, tokens
 
@@ -242,6 +200,7 @@ class Bench:
         path, tokens = self.blocks(seed)
         ran = run(job.command(self.path, path, out, seed))
         row: dict[str, Any] = {"name": job.name, "model": self.name, "seed": seed}
+        row["samples"] = self.samples
         row |= {key: ran[key] for key in ("wall_seconds", "peak_bytes")}
         if job.ours:
             report = json.loads(ran["stdout"])
@@ -282,12 +241,14 @@ def our_format(report: dict[str, Any]) -> str:
     return f"{name} KV{cache['bits']}" if cache else name
 
 
-def benches(models: list[str], folder: Path, outliers: bool) -> list[Bench]:
+def benches(models: list[str], folder: Path, samples: int, outliers: bool) -> list[Bench]:
     found = []
     for model in models:
-        path, name = find_model(model), short_name(model)
-        found.append(Bench(name, path, _new(folder / name)))
-        if not outliers:
+        generated = model.startswith("random-")
+        path = generate(model, None, folder / model) if generated else find_model(model)
+        name = short_name(model)
+        found.append(Bench(name, path, _new(folder / name), samples))
+        if generated or not outliers:
             continue
         checkpoint = Checkpoint(path)
         tensors = {n: checkpoint.load(n) for n in checkpoint.tensors}
@@ -299,7 +260,7 @@ def benches(models: list[str], folder: Path, outliers: bool) -> list[Bench]:
         target = folder / f"{name}-outliers"
         shutil.copytree(path, target, ignore=shutil.ignore_patterns("*safetensors*"))
         save_tensors(planted, target / "model.safetensors")
-        found.append(Bench(target.name, target, _new(folder / "work")))
+        found.append(Bench(target.name, target, _new(folder / "work" / name), samples))
     return found
 
 
@@ -379,6 +340,7 @@ def main() -> None:
     parser.add_argument("--peers-python", action="append", default=[], metavar="PATH")
     parser.add_argument("--only", action="append", metavar="GLOB", help="of names in the table")
     parser.add_argument("--seeds", default="0", help="of the calibration data, comma-separated")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="blocks of calibration data")
     parser.add_argument("--no-outliers", action="store_true", help="the models as they are alone")
     parser.add_argument("--seconds-only", action="store_true", help="do not measure accuracy")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -388,11 +350,11 @@ def main() -> None:
         patterns = args.only or ["*"]
         jobs = [
             job
-            for job in peer_jobs(args.peers_python) + our_jobs()
+            for job in peer_jobs(args.peers_python) + our_jobs(args.samples)
             if any(fnmatch.fnmatch(job.name, pattern) for pattern in patterns)
         ]
         with tempfile.TemporaryDirectory() as name:
-            for bench in benches(args.models, Path(name), not args.no_outliers):
+            for bench in benches(args.models, Path(name), args.samples, not args.no_outliers):
                 measure_all(bench, jobs, args)
     print(table(args.output))
 

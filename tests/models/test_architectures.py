@@ -100,8 +100,9 @@ def check(variant: str, recipe: str, source: Path, text: Path, folder: Path) -> 
         with pytest.raises(QuantkitError) as error:
             quantkit.quantize(str(source), recipe, folder, calib=str(text))
         assert f"--set {_quoted(settings[0])}" in str(error.value)
+    few = ["refine.steps=4"] if Recipe.load(recipe).refine else []
     report = quantkit.quantize(
-        str(source), recipe, folder, calib=str(text), samples=8, seqlen=64, overrides=settings
+        str(source), recipe, folder, calib=str(text), samples=8, seqlen=64, overrides=few + settings
     )
     assert not verify(folder, against=str(source)).problems
     ids = torch.randint(2, VOCAB, (1, 24), generator=torch.Generator().manual_seed(1))
