@@ -113,8 +113,11 @@ def test_two_processes_give_what_one_gives(tiny, text, tmp_path: Path, model, re
             assert torch.allclose(one[name].float(), two[name].float(), rtol=0.05, atol=1e-3), name
     for a, b in zip(first["layers"], second["layers"]):
         assert a["linears"].keys() == b["linears"].keys()
-        for linear in a["linears"]:
-            assert a["linears"][linear].get("tokens") == b["linears"][linear].get("tokens")
+        for linear, figures in a["linears"].items():
+            # A router further on may send a token elsewhere.
+            assert figures.get("tokens") == pytest.approx(
+                b["linears"][linear].get("tokens"), abs=10
+            )
         if "output_error" in a:
             assert a["output_error"] == pytest.approx(b["output_error"], rel=0.1)
 
