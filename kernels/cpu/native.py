@@ -27,7 +27,8 @@ _SOURCES = (
     "int4_vnni.cpp",
     "int8_linear.cpp",
     "int8_vnni.cpp",
-    "kv4.cpp",
+    "kv4_attention.cpp",
+    "kv4_pack.cpp",
     "rows.cpp",
 )
 _FLAGS = [
