@@ -101,3 +101,14 @@ def test_the_wheel_runs(wheel: Path, tmp_path: Path):
     out = python(code, tmp_path)
     assert out.startswith(str(unpacked))
     assert "fireq" in out
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys; sys.argv = ['quantkit', '--help']\n"
+        "from quantkit.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

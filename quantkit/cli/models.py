@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.writer import is_ours
-from quantkit.models.names import find_model
+
+# torch comes with what reads checkpoints, and `quantkit --help` must not wait for it.
 
 
 def model_or_last(model: str | None) -> str:
     """The model named, or the one quantized last into a folder of the working directory."""
+    from quantkit.formats.writer import is_ours
+
     if model is not None:
         return model
     ours = [
@@ -30,6 +31,9 @@ def model_or_last(model: str | None) -> str:
 
 def source_of(model: str) -> str | None:
     """The original of a quantized checkpoint, if it is recorded and still there."""
+    from quantkit.formats.checkpoint import Checkpoint
+    from quantkit.models.names import find_model
+
     report = find_model(model) / "quantkit" / "report.json"
     try:
         source = json.loads(report.read_text(encoding="utf-8"))["source"]
@@ -41,10 +45,14 @@ def source_of(model: str) -> str | None:
 
 def weights_bytes(model: str) -> int:
     """Bytes of a checkpoint's tensors."""
+    from quantkit.formats.checkpoint import Checkpoint
+    from quantkit.models.names import find_model
+
     return Checkpoint(find_model(model)).bytes
 
 
 def tokenizer_of(model: str) -> Any:
+    from quantkit.models.names import find_model
     from quantkit.pipeline import load_tokenizer
 
     return load_tokenizer(find_model(model))

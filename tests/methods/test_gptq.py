@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from quantkit.methods import gptq as module
 from quantkit.methods.gptq import _inverse_factor, accumulate_hessian, gptq
 from quantkit.methods.rounding import Grid, absmax_scale, dequantize, gaussian_scale, quantize
 
@@ -174,3 +175,32 @@ def test_codes_are_the_targets_nearest_levels(grid: Grid, act_order: bool):
     result = gptq(weight, hessian, scale, grid, act_order=act_order)
     assert torch.equal(quantize(result.target, scale, grid), result.codes)
     assert not torch.equal(result.target, weight)
+
+
+@pytest.mark.parametrize("columns", [255, 256])
+def test_working_in_place_by_chunks_is_the_same(columns: int, monkeypatch: pytest.MonkeyPatch):
+    _, _, hessian = problem(columns=columns)
+    hessian[7], hessian[:, 7] = 0, 0
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
+    whole, _ = _inverse_factor(hessian, order, 0.01)
+    monkeypatch.setattr(module, "_CHUNK", 48)
+    monkeypatch.setattr(module, "_LEAF", 32)
+    parts, _ = _inverse_factor(hessian, order, 0.01)
+    assert torch.equal(whole, whole.triu())
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_the_factor_takes_little_more_than_one_matrix():
+    columns = 1024
+    hessian = 2 * torch.eye(columns)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
+        _inverse_factor(hessian, torch.arange(columns), 0.01)
+    held = peak = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    # float64 in place, and a few pieces of half its size at this small number of columns.
+    assert 8 * columns**2 < peak < 24 * columns**2
