@@ -35,16 +35,19 @@ def command(
     _check_port(host, port)
     folder, chats = _check_model(name, device)
     server = _start(folder, host, port, device, dtype)
+    code = 0
     try:
         _tell(name, folder, host, port, chats)
         while server._thread.is_alive():
             server._thread.join(1)
+        code = 1
+        note(f"error: the server at {host}:{port} stopped by itself; start it again")
     except KeyboardInterrupt:
         note("stopped")
     # Once a client has left amid its answer, transformers' server does not end by itself; it holds nothing to lose.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def _check_installed() -> None:

@@ -9,6 +9,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +54,31 @@ def test_bad_input_is_one_line_before_anything_is_loaded(monkeypatch, tmp_path: 
             serve.command(model, host="127.0.0.1", port=port, device="cpu")
     with pytest.raises(QuantkitError, match="--device warp"):
         serve.command("llama", host="127.0.0.1", port=port, device="warp")
+
+
+@pytest.mark.parametrize(("stops", "code"), [(lambda _: None, 1), (None, 0)])
+def test_a_server_that_ends_by_itself_is_a_failure(monkeypatch, capsys, stops, code):
+    class Thread:
+        alive = True
+
+        def is_alive(self) -> bool:
+            return self.alive
+
+        def join(self, seconds: float) -> None:
+            if stops is None:
+                raise KeyboardInterrupt
+            self.alive = False
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(serve, "_check_installed", lambda: None)
+    monkeypatch.setattr(serve, "_start", lambda *_: SimpleNamespace(_thread=Thread()))
+    monkeypatch.setattr(serve.os, "_exit", leave)
+    with pytest.raises(SystemExit) as left:
+        serve.command("llama", host="127.0.0.1", port=free_port(), device="cpu")
+    assert left.value.code == code
+    assert ("stopped by itself" in capsys.readouterr().err) == bool(code)
 
 
 @pytest.fixture(scope="module")

@@ -35,12 +35,13 @@ def test_served_by_vllm(work, part):
 
 def test_the_plugin_inside_vllm():
     """The tests that vLLM's own interpreter has to run."""
-    tests = ROOT / "tests" / "integrations" / "vllm" / "test_plugin.py"
+    folder = ROOT / "tests" / "integrations" / "vllm"
+    tests = [str(folder / f"test_{name}.py") for name in ("plugin", "rounding")]
     has_pytest = subprocess.run([str(PYTHON), "-c", "import pytest"], capture_output=True)
     if has_pytest.returncode:
         pytest.skip("that environment has no pytest")
     done = subprocess.run(
-        [str(PYTHON), "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        [str(PYTHON), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
