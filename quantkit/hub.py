@@ -74,6 +74,7 @@ def push(
     problems = verify(folder).problems
     if problems:
         raise QuantkitError(f"{folder}: does not verify ({problems[0]}); nothing was uploaded")
+    _complete_documents(folder)
     files = [f for f in sorted(folder.rglob("*")) if f.is_file() and not _hidden(f, folder)]
     operations = [
         CommitOperationAdd(f.relative_to(folder).as_posix(), _content(f, folder)) for f in files
@@ -93,6 +94,18 @@ def _api() -> Any:
     from huggingface_hub import HfApi
 
     return HfApi()
+
+
+def _complete_documents(folder: Path) -> None:
+    """Draw the report's page and the model card where one is missing: a checkpoint without a card says nothing.
+
+    A card of the user's own stays as it is, and so does an output whose report is gone.
+    """
+    from quantkit.report.documents import CARD_FILE, PAGE_FILE, write_documents
+
+    missing = [name for name in (PAGE_FILE, CARD_FILE) if not (folder / name).is_file()]
+    if missing and (folder / _REPORT).is_file():
+        write_documents(folder)
 
 
 def _hidden(file: Path, folder: Path) -> bool:

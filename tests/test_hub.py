@@ -135,6 +135,17 @@ def test_a_verified_output_is_uploaded_whole(online, quantized, capsys):
             assert content == files[name].read_bytes(), name
 
 
+def test_missing_documents_are_drawn(online, quantized, tmp_path: Path):
+    import shutil
+
+    folder = shutil.copytree(quantized("int4"), tmp_path / "model")
+    (folder / "quantkit" / "report.html").unlink()
+    (folder / "README.md").write_text("My own words.")
+    hub.push(folder, "me/new")
+    assert b"<html" in online.repos["me/new"]["quantkit/report.html"]
+    assert online.repos["me/new"]["README.md"] == b"My own words."
+
+
 @pytest.mark.parametrize(
     ("repo", "token", "says"),
     [
