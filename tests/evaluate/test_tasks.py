@@ -1,31 +1,13 @@
-import json
 import sys
 from pathlib import Path
 
 import pytest
+from local_task import lm_eval, task_file
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.tasks import run_tasks
 from quantkit.pipeline import load_tokenizer
 from quantkit.runtime.load import load
-
-
-def task_file(folder: Path) -> Path:
-    """A task of four multiple-choice questions on local data."""
-    rows = [
-        {"q": f"The {n}th line of", "choices": [" words", " xyzzy"], "gold": 0} for n in range(4)
-    ]
-    data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = folder / "lines.yaml"
-    path.write_text(
-        "task: lines\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
-        "output_type: multiple_choice\ntest_split: test\n"
-        "doc_to_text: '{{q}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{gold}}'\n"
-        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
-    )
-    return path
 
 
 def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch):
@@ -35,14 +17,14 @@ def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_local_task(quantized, tmp_path: Path):
-    pytest.importorskip("lm_eval", reason="lm-eval is an extra")
+    lm_eval()
     folder = quantized("fireq")
     found = run_tasks(load(folder), load_tokenizer(folder), [str(task_file(tmp_path))], limit=3)
     assert 0 <= found["lines"]["acc,none"] <= 1
 
 
 def test_an_unknown_task(quantized, tmp_path: Path):
-    pytest.importorskip("lm_eval", reason="lm-eval is an extra")
+    lm_eval()
     for task, says in (
         ("no_such_task", "knows no such task"),
         (str(tmp_path / "a.yaml"), "no such task file"),
