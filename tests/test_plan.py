@@ -76,8 +76,15 @@ print(json.dumps([planned, memory.peak()]))
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the estimate lies above the peak, by more than 15 % for plain rounding")
-@pytest.mark.parametrize("recipe", ["int4", "fireq"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "int4",
+        pytest.param(
+            "fireq", marks=pytest.mark.xfail(reason="not known to be within 15 % when calibrated")
+        ),
+    ],
+)
 @pytest.mark.parametrize("hidden", [1024, 2048])
 def test_the_peak_is_as_planned(tmp_path: Path, text: Path, recipe: str, hidden: int):
     """The kernel's own record of a process that plans and quantizes."""
