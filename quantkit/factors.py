@@ -46,6 +46,8 @@ def choose_factor(
         candidates = [group.feeder.shared(d) for d in candidates]
     if len(candidates) == 1:
         return candidates[0], {"method": method, "exponent": exponents[0]}
+    weights_recipe = recipe.weights_of(prefix + group.linears[0])
+    assert weights_recipe
     best, errors = smoothing.search(
         candidates,
         stats.rows,
@@ -53,7 +55,7 @@ def choose_factor(
         partial(_round_input, scheme=scheme, rotation=rotation),
         partial(
             _round_weight,
-            weights=recipe.weights_of(prefix + group.linears[0]),
+            weights=weights_recipe,
             scheme=scheme,
             rotation=rotation,
         ),

@@ -22,16 +22,24 @@ class _Choice(NamedTuple):
     alpha: float | None
     strength: float
     beta: float | None
-    top_k: int
+    top_k: Any
 
 
 def scale_keys(
-    layer: nn.Module, recipe: Recipe, attention: Attention, keys: KeyStatistics
+    layer: nn.Module,
+    recipe: Recipe,
+    attention: Attention,
+    keys: KeyStatistics,
+    *,
+    exact: bool = False,
 ) -> tuple[torch.Tensor | None, dict[str, Any], dict[str, float]]:
     """Fold the factor before RoPE into the layer, and find the one after it.
 
     Where the recipe gives several settings, those with the least error of attention's output are taken, with
     queries, keys and values rounded.
+
+    Args:
+        exact: only powers of two before RoPE: weights that stay in 16 bits hold those exactly.
 
     Returns:
         (the factor on keys after RoPE, float32 [KV heads, head_dim], or None; the settings taken; how far
@@ -45,9 +53,12 @@ def scale_keys(
         _Choice(*values)
         for values in itertools.product(alphas, scaling.strength, betas, scaling.top_k)
     ]
+    choices = [
+        c._replace(top_k=attention.head_dim if c.top_k == "all" else c.top_k) for c in choices
+    ]
     # Without channels to take, beta says nothing: one such choice is enough.
     choices = [c for c in choices if c.top_k or c.beta == choices[0].beta]
-    found = [_factors(keys, choice) for choice in choices]
+    found = [_factors(keys, choice, exact) for choice in choices]
     best, errors = 0, []
     if len(found) > 1:
         errors = [_error(recipe, keys, pre, post) for pre, post, _ in found]
@@ -69,7 +80,7 @@ def scale_keys(
 
 
 def _factors(
-    keys: KeyStatistics, choice: _Choice
+    keys: KeyStatistics, choice: _Choice, exact: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(the factor before RoPE, the one after it, which channels the latter takes), all [KV heads, head_dim]."""
     assert keys.absmax is not None
@@ -80,6 +91,8 @@ def _factors(
         post, taken = fireq.rope_post_factor(keys.absmax, choice.beta, choice.top_k)
     if choice.alpha is not None:
         pre = fireq.rope_pre_factor(keys.pairs, choice.alpha, choice.strength)
+        if exact:
+            pre = torch.exp2(torch.log2(pre).round())
     return torch.where(taken, torch.ones_like(pre), pre), post, taken
 
 

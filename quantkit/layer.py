@@ -68,8 +68,9 @@ def quantize_layer(
     turned = value_block(structure) if recipe.rotation and recipe.rotation.values else None
     work = _Work(layer, prefix, recipe, schemes, structure, inputs, turned, ranks)
     if keys is not None and recipe.rope_scaling and not structure.attention.why_no_factors:
+        stored = {prefix + name for name in structure.shapes} - schemes.keys()
         result.post_scale, result.report["keys"], result.report["outliers"]["keys"] = scale_keys(
-            layer, recipe, structure.attention, keys
+            layer, recipe, structure.attention, keys, exact=bool(stored)
         )
     factors: dict[str, torch.Tensor] = {}
     for group, factor, figures in work.choose_factors():
@@ -153,6 +154,7 @@ class _Work:
             seen, figures = statistics_of(group, name, self.inputs)
             factor, rotation = factors.get(group.name), self.rotation(group, scheme)
             hessian = seen.hessian_after(factor, rotation) if seen else None
+            assert weights
             if figures.get("fallback") == "nearest":
                 weights = weights.model_copy(update={"rounding": "nearest"})
             linear: Any = self.layer.get_submodule(name)

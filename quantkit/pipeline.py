@@ -343,7 +343,7 @@ def _one_layer(
             reference = _Reference(_ERROR_BLOCKS - stream.first, ranks)
             gptq = {
                 group.name for group in structure.inputs
-                if any(plan.recipe.weights_of(prefix + n).rounding == "gptq" for n in group.linears)
+                if any(plan.recipe.uses_gptq(prefix + name) for name in group.linears)
             }  # fmt: skip
             with (
                 state.stage("calibrate"),

@@ -177,9 +177,8 @@ def refused(structure: Structure, recipe: Recipe) -> str:
         (x.attention.why_not_packed for x in structure.kinds if x.attention.why_not_packed), ""
     )
     if recipe.kv_cache and why:
-        return (
-            f"keys and values cannot be kept in four bits: {why}; --set kv_cache=null leaves them"
-        )
+        instead = "--set kv_cache=null leaves them" if recipe.weights else "gptq is for weights"
+        return f"keys and values cannot be kept in four bits: {why}; {instead}"
     return ""
 
 

@@ -90,7 +90,7 @@ class ChannelScaling(_Strict):
 
 
 class RopeScaling(_Strict):
-    """FireQ's factors on keys: alpha before RoPE, beta after it on each head's top_k outlier channels.
+    """FireQ's factors on keys: alpha before RoPE, beta after it on each head's top_k outlier channels, or `all`.
 
     `strength` is the exponent of the factor before RoPE; FireQ's is 1. Each may be a list: with several settings, per
     layer the one with the least error of attention's output is taken.
@@ -99,7 +99,7 @@ class RopeScaling(_Strict):
     alpha: list[Positive] | None = Field(default=[1.0], min_length=1)
     strength: list[Positive] = Field(default=[1.0], min_length=1)
     beta: list[Positive] | None = Field(default=[1.0], min_length=1)
-    top_k: list[Count] = Field(default=[3], min_length=1)
+    top_k: list[Count | Literal["all"]] = Field(default=[3], min_length=1)
 
     @field_validator("alpha", "strength", "beta", "top_k", mode="before")
     @classmethod
@@ -213,13 +213,14 @@ class Recipe(_Strict):
     """What is quantized and how.
 
     Attributes:
+        weights: None leaves them in 16 bits: keys and values alone are quantized.
         rules: exceptions by module name; the first that matches holds.
         ignore: modules left as they are, by wildcard; a pattern that matches nothing is an error.
     """
 
     name: str = "custom"
     description: str = ""
-    weights: Weights
+    weights: Weights | None
     activations: Activations | None = None
     kv_cache: KVCache | None = None
     channel_scaling: ChannelScaling | None = None
@@ -241,6 +242,14 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _supported(self) -> Recipe:
+        if self.weights is None:
+            with_weights = ("activations", "channel_scaling", "rotation", "refine", "rules")
+            set_too = next((name for name in with_weights if getattr(self, name)), None)
+            if set_too:
+                raise ValueError(f"{set_too} goes with quantized weights, and weights is null")
+            if not self.kv_cache:
+                raise ValueError("weights: null leaves nothing to quantize without kv_cache")
+            return self._with_a_cache()
         for rule in (None, *self.rules):
             weights = (rule and rule.weights) or self.weights
             acts = (rule and rule.activations) or self.activations
@@ -250,6 +259,9 @@ class Recipe(_Strict):
                 )
             if weights.grid == "half" and (acts is None or self.rotation is None):
                 raise ValueError("weights.grid: half needs rotation and quantized activations")
+        return self._with_a_cache()
+
+    def _with_a_cache(self) -> Recipe:
         if self.rope_scaling and not self.kv_cache:
             raise ValueError("rope_scaling serves a quantized kv_cache, and there is none")
         return self
@@ -257,7 +269,7 @@ class Recipe(_Strict):
     @property
     def needs_calibration(self) -> bool:
         """Whether anything is learned from text: GPTQ, factors, key statistics."""
-        formats = [self.weights, *(r.weights for r in self.rules if r.weights)]
+        formats = [w for w in (self.weights, *(r.weights for r in self.rules)) if w]
         return bool(
             self.channel_scaling
             or self.rope_scaling
@@ -288,15 +300,19 @@ class Recipe(_Strict):
     def save(self, path: Path) -> None:
         """A YAML file that `load` reads as this recipe."""
         data = {"name": self.name} | self.model_dump(exclude_defaults=True)
-        data["weights"] = self.weights.model_dump(exclude_defaults=True)
+        data["weights"] = self.weights and self.weights.model_dump(exclude_defaults=True)
         path.write_text(yaml.safe_dump(data, sort_keys=False, width=120), encoding="utf-8")
 
     def rule_for(self, module: str) -> Rule | None:
         return next((rule for rule in self.rules if fnmatch.fnmatch(module, rule.match)), None)
 
-    def weights_of(self, module: str) -> Weights:
+    def weights_of(self, module: str) -> Weights | None:
         rule = self.rule_for(module)
         return (rule and rule.weights) or self.weights
+
+    def uses_gptq(self, module: str) -> bool:
+        weights = self.weights_of(module)
+        return weights is not None and weights.rounding == "gptq"
 
     def scheme_of(self, module: str, rotation: int | None = None) -> Scheme | None:
         """The scheme of a linear whose input is rotated online in blocks, or None if it stays as it is."""
@@ -304,6 +320,8 @@ class Recipe(_Strict):
         if any(fnmatch.fnmatch(module, pattern) for pattern in self.ignore) or (rule and rule.skip):
             return None
         weights = self.weights_of(module)
+        if weights is None:
+            return None
         acts = (rule and rule.activations) or self.activations
         return Scheme(
             WeightFormat(
@@ -346,15 +364,16 @@ class Recipe(_Strict):
                 continue
             self._check_shape(module, scheme, columns)
             schemes[module] = scheme
-        if not schemes:
+        if not schemes and self.weights:
             raise QuantkitError(
                 f"recipe {self.name}: nothing is left to quantize; see rules and ignore"
             )
         for layer in range(structure.num_layers):
             head_dim = structure.layer(layer).attention.head_dim
-            if self.rope_scaling and max(self.rope_scaling.top_k) > head_dim:
+            counts = self.rope_scaling.top_k if self.rope_scaling else []
+            if most := next((k for k in counts if k != "all" and k > head_dim), None):
                 raise QuantkitError(
-                    f"recipe {self.name}: rope_scaling.top_k {max(self.rope_scaling.top_k)}: layer {layer} has "
+                    f"recipe {self.name}: rope_scaling.top_k {most}: layer {layer} has "
                     f"heads of {head_dim}; FireQ takes 3"
                 )
             for fused in structure.layer(layer).fused:

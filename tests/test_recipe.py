@@ -22,19 +22,35 @@ def linears(structure):
 def test_every_recipe_of_the_package_resolves(structure, linears):
     assert recipe_names() == [
         "crossquant",
+        "crossquant-w4a4",
         "crossquant-w4a8",
         "fireq",
         "gptq",
         "gptq-refined",
         "int4",
         "int8",
+        "kv4",
         "quest-hadamard",
         "quest-hadamard-offline",
         "quest-hadamard-w4a4",
         "quest-hadamard-w4a4kv4",
     ]
     for name in recipe_names():
-        assert len(Recipe.load(name).resolve(structure, linears)) == 14
+        assert len(Recipe.load(name).resolve(structure, linears)) == (0 if name == "kv4" else 14)
+
+
+def test_weights_may_stay_in_16_bits_beside_a_quantized_cache(tmp_path):
+    recipe = Recipe.load("kv4")
+    assert recipe.needs_calibration
+    recipe.save(tmp_path / "again.yaml")
+    assert Recipe.load(str(tmp_path / "again.yaml")) == recipe
+    for setting, complaint in (
+        ("kv_cache=null", "nothing to quantize"),
+        ("activations={bits: 8}", "activations goes with quantized weights"),
+        ("rotation={block: 128}", "rotation goes with quantized weights"),
+    ):
+        with pytest.raises(QuantkitError, match=complaint):
+            Recipe.load("kv4", [setting])
 
 
 def test_schemes_are_what_the_names_say():

@@ -39,6 +39,8 @@ def widths_for(recipe: Recipe, widths: Sequence[int] | None = None) -> list[int]
     Raises:
         QuantkitError: one that was asked for cannot be had.
     """
+    if recipe.weights is None:
+        raise QuantkitError(f"recipe {recipe.name} leaves weights in 16 bits: no target can be met")
     possible = [b for b in sorted(set(widths or WIDTHS)) if _weights(recipe.weights, b) is not None]
     lacking = sorted(set(widths or ()) - set(possible))
     if lacking:
@@ -147,7 +149,9 @@ def _rules(recipe: Recipe, parts: list[Part], bits: dict[str, int]) -> list[Rule
     return rules
 
 
-def _weights(weights: Weights, bits: int) -> Weights | None:
+def _weights(weights: Weights | None, bits: int) -> Weights | None:
+    if weights is None:
+        return None
     try:
         return Weights.model_validate(weights.model_dump() | {"bits": bits})
     except ValidationError:

@@ -73,7 +73,8 @@ def command(
     for note in plan.notes:
         out.print(f"  left out       {note}", markup=False)
     before, after = plan.linear_bytes
-    out.print(f"  linears        {size(before)} -> {size(after)} ({after / before:.3f})")
+    if before:
+        out.print(f"  linears        {size(before)} -> {size(after)} ({after / before:.3f})")
     out.print(f"  checkpoint     {size(plan.total_bytes[0])} -> {size(plan.total_bytes[1])}")
     need = plan.estimate
     offload = f", {size(need.activation_bytes)} of it activations that can be on disk (--offload)"

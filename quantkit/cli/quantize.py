@@ -157,10 +157,11 @@ def _print(report: dict[str, Any]) -> None:
     out.print(
         f"{report['output']}: {report['recipe']['name']}, {report['seconds']:.1f} s, verified"
     )
-    out.print(
-        f"  quantized linears  {size(linear['before'])} -> {size(linear['after'])}  "
-        f"({linear['after'] / linear['before']:.3f})"
-    )
+    if linear["before"]:
+        out.print(
+            f"  quantized linears  {size(linear['before'])} -> {size(linear['after'])}  "
+            f"({linear['after'] / linear['before']:.3f})"
+        )
     out.print(
         f"  whole checkpoint   {size(total['before'])} -> {size(total['after'])}  "
         f"({total['after'] / total['before']:.3f})"

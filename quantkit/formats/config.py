@@ -139,7 +139,8 @@ def build_quantization_config(
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        # Without groups the linears are as they were: keys and values alone are quantized.
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
         "quantization_status": "compressed",
         "version": _CT_VERSION,
         "config_groups": groups,

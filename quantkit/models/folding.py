@@ -25,6 +25,9 @@ def may_change(structure: Structure) -> set[str]:
             changed |= {f"{name}.weight" for name in group.others}
             if group.feeder is not None and group.feeder.norm:
                 changed |= {f"{group.feeder.module}.weight", f"{group.feeder.module}.bias"}
+        for heads in (attention.queries, attention.keys):
+            # Where they stay in 16 bits: factors on keys go into them.
+            changed |= {f"{heads.module}.weight"} if heads else set()
         if attention.key_norm:
             changed |= {f"{attention.path}.q_norm.weight", f"{attention.path}.k_norm.weight"}
         names |= {prefix + name for name in changed}

@@ -101,7 +101,7 @@ def _size(facts: Facts) -> Section:
     panels = []
     for key, title in (("linear_bytes", "Quantized linears"), ("total_bytes", "Whole checkpoint")):
         sizes = facts.report.get(key)
-        if sizes:
+        if sizes and sizes["before"]:
             before, after = sizes["before"], sizes["after"]
             rows: list[tuple[str, float, float | None, str]] = [
                 (_short(facts.base), before, None, in_bytes(before)),

@@ -39,7 +39,7 @@ def assert_agree(a: torch.Tensor, b: torch.Tensor) -> None:
     assert off.mean() < 5e-3
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if name != "kv4"])
 def test_linears_compute_what_the_file_says(quantized, recipe: str):
     folder = quantized(recipe)
     checkpoint = Checkpoint(folder)
