@@ -40,6 +40,7 @@ def round_layer(plan: Plan, prefix: str, folder: OutputFolder) -> dict[str, Any]
         scheme = plan.schemes.get(module)
         if scheme is not None and kind == "weight":
             weights = plan.recipe.weights_of(module)
+            assert weights
             figures = _round(plan.checkpoint, module, scheme, weights, folder)
             report["linears"][module.removeprefix(prefix)] = figures
         else:

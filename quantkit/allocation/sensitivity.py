@@ -141,9 +141,9 @@ def _cost(
     for name in part.linears:
         linear: Any = layer.get_submodule(name.removeprefix(prefix))
         before[name] = linear.weight
-        rounded = _rounded(
-            linear.weight.detach(), plan.recipe.weights_of(name), _with(plan.schemes[name], bits)
-        )
+        weights = plan.recipe.weights_of(name)
+        assert weights
+        rounded = _rounded(linear.weight.detach(), weights, _with(plan.schemes[name], bits))
         linear.weight = nn.Parameter(rounded, requires_grad=False)
     got = _outputs(stream, layer, number)
     for name, weight in before.items():
