@@ -38,6 +38,8 @@ RUNS: list[tuple[str, list[str]]] = [
     ("gptq-refined", []),
     ("crossquant", []),
     ("crossquant-w4a8", []),
+    ("crossquant-w4a4", []),
+    ("kv4", []),
     ("fireq", []),
     ("fireq", ["rope_scaling=null"]),
     ("fireq", ["kv_cache=null"]),

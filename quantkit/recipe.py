@@ -159,9 +159,12 @@ class Rotation(_Strict):
 
 
 class GPTQ(_Strict):
+    """`fit_scales`: once codes are chosen, scales are fitted to them and the codes chosen again, if that lowers the error."""
+
     damping: float = Field(default=0.01, gt=0, lt=1)
     block: int = Field(default=128, gt=0)
     activation_order: bool = False
+    fit_scales: bool = False
 
 
 class Refine(_Strict):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from quantkit.formats.scheme import Scheme, WeightFormat
 from quantkit.methods import fp8_scales, rounding
 from quantkit.methods.gptq import gptq
 from quantkit.methods.hadamard import rotate
+from quantkit.methods.scale_fit import FP8_STRETCHES, fit_scales
 from quantkit.recipe import GPTQ, Weights
 
 
@@ -82,15 +84,26 @@ def solve(
     } | size_figures(scheme, rows, columns)
     if weights.rounding == "gptq":
         assert hessian is not None
-        found = gptq(
+        choose_codes = partial(
+            gptq,
             weight,
             hessian,
-            scale,
-            grid,
+            grid=grid,
             damping=settings.damping,
             block=settings.block,
             act_order=settings.activation_order,
         )
+        found = choose_codes(scale)
+        if settings.fit_scales and not found.fell_back:
+            fitted = _fitted(weight, found.codes, scale, hessian, scheme.weights)
+            again = choose_codes(fitted)
+            # GPTQ is no descent: what it chooses for better scales may be worse.
+            before, after = (
+                _relative(rounding.dequantize(r.codes, s, grid) - weight, weight, hessian)
+                for r, s in ((found, scale), (again, fitted))
+            )
+            if after < before:
+                found, scale = again, fitted
         codes, target = found.codes, found.target
         figures |= {"damping": found.damping, "fell_back": found.fell_back}
     else:
@@ -100,6 +113,27 @@ def solve(
     if hessian is not None:
         figures["output_error"] = _relative(error, weight, hessian)
     return Solved(codes, scale, target), figures
+
+
+def _fitted(
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    hessian: torch.Tensor,
+    form: WeightFormat,
+) -> torch.Tensor:
+    """Scales [N, G], as stored, with the least output error for the codes that GPTQ chose."""
+    # fp8_tensor has one power of two for all rows; a row alone is stored as fp8_channel stores it.
+    per_row = replace(form, scale="fp8_channel") if form.scale == "fp8_tensor" else form
+    return fit_scales(
+        weight,
+        codes,
+        scale,
+        hessian,
+        rounding.Grid(form.bits, form.half),
+        lambda rows: store_scale(rows, rows, per_row),
+        stretches=FP8_STRETCHES if form.scale.startswith("fp8") else (1.0,),
+    )
 
 
 def _relative(error: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor | None) -> float:
