@@ -207,7 +207,10 @@ def refine_layer(
     found = {name: module.solved() for name, module in linears.items()}
     for name, module in linears.items():
         values = dequantize(found[name].codes, found[name].scale, module.grid)
-        bias = None if module.bias is None else module.bias.detach()
+        bias = module.bias
+        if bias is not None:
+            # Still a parameter: only those are written, whatever else has the bias's name is copied from the source.
+            bias = nn.Parameter(bias.detach(), requires_grad=False)
         _place(layer, name, SimulatedLinear(values, bias, module.scheme))
     for name, norm in learned_norms.items():
         original: Any = norm.norm

@@ -120,12 +120,12 @@ def test_attention_over_int4_keys_can_be_learned_through(scale: str):
     assert float(attention.k_proj.weight.grad.abs().max()) > 0
 
 
-@pytest.mark.parametrize("recipe", ["fireq", "gptq-refined"])
-def test_the_whole_job_with_refinement(recipe: str, tiny, text: Path, tmp_path: Path):
+@pytest.mark.parametrize(("recipe", "kind"), [("fireq", "llama"), ("gptq-refined", "qwen2")])
+def test_the_whole_job_with_refinement(recipe: str, kind: str, tiny, text: Path, tmp_path: Path):
     settings = ['refine={"steps": 8}', "calibration={samples: 8, seqlen: 64}"]
     for name, more in (("plain", ["refine=null"]), ("a", []), ("b", [])):
         report = quantize(
-            str(tiny()), recipe, tmp_path / name, calib=str(text), overrides=[*settings, *more]
+            str(tiny(kind)), recipe, tmp_path / name, calib=str(text), overrides=[*settings, *more]
         )
     for layer in report["layers"]:
         figures = layer["refinement"]
@@ -134,6 +134,10 @@ def test_the_whole_job_with_refinement(recipe: str, tiny, text: Path, tmp_path: 
     outputs = [Checkpoint(tmp_path / name) for name in ("plain", "a", "b")]
     plain, first, again = ({n: o.load(n) for n in o.tensors} for o in outputs)
     assert all(torch.equal(first[n], again[n]) for n in first)
+    if kind == "qwen2":
+        # Value heads are rotated, and their biases with them.
+        name = "model.layers.0.self_attn.v_proj.bias"
+        assert not torch.equal(first[name], Checkpoint(tiny(kind)).load(name))
     learned = any(f["refinement"]["after"] < f["refinement"]["before"] for f in report["layers"])
     assert learned == any(not torch.equal(first[n], plain[n]) for n in first)
     assert learned or recipe != "fireq"
