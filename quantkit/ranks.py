@@ -108,17 +108,18 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined(device: str = "cpu") -> Iterator[Ranks]:
+def joined(device: str, say: Callable[[BaseException], int]) -> Iterator[Ranks]:
     """The processes that this one was started with, `ALONE` without any; left in good order, also by exceptions.
 
-    When one process fails, all end: the first to fail raises its own exception, the others end in silence.
+    When one process fails, all end: the first to fail says why, the others end in silence.
 
     Args:
         device: as a user names it; it decides what tensors travel by.
+        say: tells the user of an exception, and gives the exit code that goes with it.
 
     Raises:
         QuantkitError: the processes do not reach each other.
-        SystemExit: another process has failed, and says why.
+        SystemExit: this process or another has failed, and it has been said why.
     """
     # Schedulers of clusters set RANK and WORLD_SIZE for machines too: LOCAL_RANK is the launchers' own.
     if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
@@ -128,9 +129,8 @@ def joined(device: str = "cpu") -> Iterator[Ranks]:
     try:
         yield ranks
     except BaseException as error:
-        ranks.leave(error)
-        raise
-    ranks.leave(None)
+        raise SystemExit(ranks.fail(error, say)) from error
+    ranks.leave()
 
 
 def speaks() -> bool:
@@ -275,27 +275,25 @@ class _Group(Ranks):
                 read(piece)
                 self._call(self._dist.send, piece, dst=rank)
 
-    def leave(self, error: BaseException | None) -> None:
-        """End this process's part; after a failure, only when the others have noticed or time is up.
+    def leave(self) -> None:
+        with suppress(RuntimeError):
+            self._dist.destroy_process_group()
 
-        Raises:
-            SystemExit: it is another process's to say why.
-        """
+    def fail(self, error: BaseException, say: Callable[[BaseException], int]) -> int:
+        """End this process's part, when the others have noticed or time is up; gives the exit code."""
         kind = next((name for name, e in _ERRORS.items() if isinstance(error, e)), "InternalError")
         word = json.dumps([self.rank, kind, str(error)])
-        first = error is None or self._store.compare_set(_FAILED, "", word).decode() == word
-        with suppress(RuntimeError):
-            self._dist.destroy_process_group()  # the others' calls fail from here on
-        if error is None:
-            return
+        code = {"QuantkitError": 2, "WriteError": 2, "KeyboardInterrupt": 130}.get(kind, 1)
+        if self._store.compare_set(_FAILED, "", word).decode() == word:
+            # Before the others notice: once one of them is gone, the launcher ends this one too.
+            code = say(error)
+        self.leave()  # the others' calls fail from here on
         with suppress(RuntimeError):
             if self._store.add(_LEFT, 1) == self.size:
                 self._store.set(_LEFT + "/all", "")
             # Whoever ends first is noticed by the launcher, which ends the others wherever they are.
             self._store.wait([_LEFT + "/all"], _LEAVING)
-        if not first:
-            codes = {"QuantkitError": 2, "WriteError": 2, "KeyboardInterrupt": 130}
-            raise SystemExit(codes.get(kind, 1)) from None
+        return code
 
     def _counts(self, count: int) -> list[int]:
         """A number of each process."""

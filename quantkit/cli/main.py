@@ -28,7 +28,8 @@ from quantkit.cli import (
     serve,
     verify,
 )
-from quantkit.errors import InternalError, QuantkitError
+from quantkit.cli.output import INTERRUPTED, debugging, say_error
+from quantkit.errors import QuantkitError
 from quantkit.ranks import speaks
 
 app = typer.Typer(
@@ -53,7 +54,6 @@ app.command("verify")(verify.command)
 app.command("recipes")(recipes.command)
 app.command("bench")(bench.command)
 
-_INTERRUPTED = 130
 # Newer releases of typer carry click within, under a name of its own: reach its classes through typer.
 _UsageError: type[Exception] = next(
     c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
@@ -93,47 +93,27 @@ def main() -> None:
     """The console script."""
     if len(sys.argv) == 1:
         sys.argv.append("--help")
-    debug = "--debug" in sys.argv
-    if debug:
+    if debugging():
         # Wherever it stands: a user appends it to the command that failed.
         sys.argv = [sys.argv[0], "--debug", *(a for a in sys.argv[1:] if a != "--debug")]
     else:
         _quiet()
     try:
         code = app(standalone_mode=False)
-        if code == _INTERRUPTED:  # typer turns Ctrl-C into this code, in silence
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this code, in silence
             raise KeyboardInterrupt
-    except (KeyboardInterrupt, typer.Abort):
-        _fail(
-            "interrupted; nothing that looks finished was left (quantize goes on when started again)",
-            _INTERRUPTED,
-        )
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except _UsageError as error:
         if not speaks():
             sys.exit(2)
         context = getattr(error, "ctx", None)
         what = " ".join(error.format_message().split())  # type: ignore[attr-defined]
-        _fail(f"{what} (see `{context.command_path if context else 'quantkit'} --help`)", 2)
-    except QuantkitError as error:
-        if debug:
-            raise
-        _fail(str(error), 2)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        if debug:
-            raise
-        what = (
-            str(error) if isinstance(error, InternalError) else f"{type(error).__name__}: {error}"
-        )
-        hint = (
-            "" if isinstance(error, InternalError) else " (a bug of quantkit; --debug shows where)"
-        )
-        _fail(" ".join(what.split()) + hint, 1)
+        hint = f"(see `{context.command_path if context else 'quantkit'} --help`)"
+        sys.exit(say_error(QuantkitError(f"{what} {hint}")))
+    except typer.Abort:
+        sys.exit(say_error(KeyboardInterrupt()))
+    except (KeyboardInterrupt, Exception) as error:
+        sys.exit(say_error(error))
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -10,6 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from quantkit.errors import InternalError, QuantkitError
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -47,6 +51,31 @@ def print_servers(servers: dict[str, str]) -> None:
 def note(text: str) -> None:
     """A line on stderr that is no result."""
     err.print(text, style="dim", markup=False)
+
+
+# The exit code of what Ctrl-C has ended, as shells know it.
+INTERRUPTED = 130
+
+
+def debugging() -> bool:
+    """Whether --debug was given, wherever it stands."""
+    return "--debug" in sys.argv
+
+
+def say_error(error: BaseException) -> int:
+    """Print what went wrong in one line, and give the exit code: 2 bad input, 1 a failure of ours, 130 interrupted."""
+    if debugging():
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        what, code = "interrupted; nothing that looks finished was left (quantize goes on when started again)", INTERRUPTED  # fmt: skip
+    elif isinstance(error, QuantkitError):
+        what, code = str(error), 2
+    elif isinstance(error, InternalError):
+        what, code = str(error), 1
+    else:
+        what, code = f"{type(error).__name__}: {error} (a bug of quantkit; --debug shows where)", 1
+    print(f"error: {' '.join(what.split())}", file=sys.stderr, flush=True)
+    return code
 
 
 def hush() -> None:

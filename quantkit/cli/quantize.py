@@ -16,6 +16,7 @@ from quantkit.cli.output import (
     print_json,
     print_servers,
     progress_bar,
+    say_error,
     size,
 )
 from quantkit.cli.push import tell
@@ -87,7 +88,7 @@ def command(
     from quantkit.ranks import joined
     from quantkit.recipe import Recipe
 
-    with joined(device) as ranks:
+    with joined(device, say_error) as ranks:
         if not ranks.leads:
             hush()
         resolved = Recipe.load(recipe, sets)

@@ -283,12 +283,12 @@ def test_usage(run: Run):
     assert "No such option" in refused(run, "plan", "llama", "-r", "int4", "--frobnicate")
 
 
-def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch):
-    from quantkit.errors import QuantkitError
-
-    monkeypatch.setattr(sys, "argv", ["quantkit", "plan", "nothing", "-r", "int4", "--debug"])
-    with pytest.raises(QuantkitError):
-        cli.main()
+def test_debug_shows_the_traceback(run: Run):
+    code, _, stderr = run("plan", "nothing", "-r", "int4", "--debug")
+    assert code == 2
+    assert "Traceback" in stderr
+    assert "find_model" in stderr
+    assert stderr.splitlines()[-1].startswith("error: nothing: no such model")
 
 
 def test_interrupted(tiny, text: Path, tmp_path: Path):
