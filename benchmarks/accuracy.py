@@ -43,7 +43,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.writer import save_tensors
 from quantkit.models.names import find_model, short_name
 from quantkit.models.outliers import plant_outliers
-from quantkit.pipeline import load_tokenizer
+from quantkit.models.tokenizer import load_tokenizer
 from quantkit.recipe import recipe_names
 
 HERE = Path(__file__).parent

@@ -20,7 +20,7 @@ from perplexity import measure, planted
 from quantkit import load, quantize
 from quantkit.calibration.data import read_text, tokenize
 from quantkit.models.names import bundled_path
-from quantkit.pipeline import load_tokenizer
+from quantkit.models.tokenizer import load_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "mixed_precision.json"
 SETTINGS = ["weights.rounding=gptq", "weights.clip=mse"]

@@ -28,7 +28,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.writer import save_tensors
 from quantkit.models.names import bundled_path
 from quantkit.models.outliers import plant_outliers
-from quantkit.pipeline import load_tokenizer
+from quantkit.models.tokenizer import load_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "perplexity.json"
 RUNS: list[tuple[str, list[str]]] = [

@@ -113,7 +113,7 @@ def _logits(model: str) -> dict[str, float]:
     import quantkit
     from quantkit.calibration.data import read_text, tokenize
     from quantkit.models.names import find_model
-    from quantkit.pipeline import load_tokenizer
+    from quantkit.models.tokenizer import load_tokenizer
 
     path = find_model(model)
     tokens = tokenize(load_tokenizer(path), read_text("sample", split="test"))[: 8 * 256]

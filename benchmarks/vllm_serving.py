@@ -31,7 +31,7 @@ from quantkit.calibration.data import read_text, tokenize
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.writer import save_tensors
 from quantkit.models.names import bundled_path
-from quantkit.pipeline import load_tokenizer
+from quantkit.models.tokenizer import load_tokenizer
 
 PYTHON_ENV = "QUANTKIT_VLLM_PYTHON"
 CLIENT = Path(__file__).parent / "openai_client.py"

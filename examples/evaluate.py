@@ -13,7 +13,7 @@ import quantkit
 from quantkit.calibration.data import read_text, tokenize
 from quantkit.evaluate.perplexity import perplexity
 from quantkit.models.names import find_model
-from quantkit.pipeline import load_tokenizer
+from quantkit.models.tokenizer import load_tokenizer
 
 
 def main(

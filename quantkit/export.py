@@ -18,6 +18,7 @@ import torch
 
 from quantkit.calibration.sources import BUNDLED_CALIBRATION
 from quantkit.errors import InternalError, QuantkitError
+from quantkit.finish import REPORT_FILE
 from quantkit.formats.bits import unpack
 from quantkit.formats.checkpoint import Checkpoint, read_json
 from quantkit.formats.config import (
@@ -31,7 +32,7 @@ from quantkit.formats.writer import OutputFolder, write_json
 from quantkit.methods.hadamard import rotate
 from quantkit.methods.rounding import Grid, dequantize
 from quantkit.models.names import find_model
-from quantkit.pipeline import REPORT_FILE, Progress, quantize
+from quantkit.pipeline import Progress, quantize
 from quantkit.recipe import Recipe
 from quantkit.servers import who_serves
 

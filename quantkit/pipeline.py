@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import quantkit
 from quantkit.allocation.allocate import (
     SAMPLES,
     allocate,
@@ -28,14 +23,14 @@ from quantkit.calibration.data import CalibrationSet, calibration_blocks
 from quantkit.calibration.sources import check_sources, named_samples
 from quantkit.calibration.stream import LayerStream, observe
 from quantkit.device import find_device
-from quantkit.errors import InternalError, QuantkitError
+from quantkit.errors import QuantkitError
 from quantkit.estimate import check_disk, choose_offload
-from quantkit.formats.config import build_quantization_config
+from quantkit.finish import RECIPE_FILE, Progress, complete, summary
 from quantkit.formats.packed import packed_tensors
-from quantkit.formats.writer import OutputFolder, save_tensors, write_json
+from quantkit.formats.writer import OutputFolder
 from quantkit.layer import QuantizedLayer, quantize_layer
 from quantkit.models.groups import LayerStructure
-from quantkit.models.names import BUNDLED
+from quantkit.models.tokenizer import load_tokenizer
 from quantkit.plain import copy_tensor, round_layer, rounds_plainly
 from quantkit.plan import Plan, default_output, make_plan
 from quantkit.ranks import ALONE, Ranks
@@ -43,17 +38,10 @@ from quantkit.recipe import Recipe
 from quantkit.refinement import Task, refine_layer
 from quantkit.resume import RunState, check_alike, describe_run, digest, finished_report
 
-_log = logging.getLogger(__name__)
-KV_FILE = "quantkit/kv.safetensors"
-REPORT_FILE = "quantkit/report.json"
-# The recipe as it was resolved, for --recipe.
-RECIPE_FILE = "quantkit/recipe.yaml"
 # Tokens of each linear's input that are kept for the search of channel factors.
 _SEARCH_ROWS = 1024
 # Blocks on which a quantized layer's output is compared with the original layer's.
 _ERROR_BLOCKS = 4
-
-Progress = Callable[[int, int, str], None]
 
 
 def quantize(
@@ -170,10 +158,10 @@ def quantize(
         report: dict[str, Any] = {}
         if folder:
             with ranks.leader_works():
-                more = _summary(model, plan, data, seed) | {"run": digest(run)}
+                more = summary(model, plan, data, seed) | {"run": digest(run)}
                 if allocation is not None:
                     more["allocation"] = allocation | {"recipe_file": RECIPE_FILE}
-                report = _complete(plan, data, folder, state, more, trust_remote_code, tell)
+                report = complete(plan, data, folder, state, more, trust_remote_code, tell)
         report = ranks.leaders(report)
     return report | {"output": str(path)}
 
@@ -182,29 +170,6 @@ def _output_folder(plan: Plan, path: Path, overwrite: bool) -> OutputFolder:
     folder = OutputFolder(path, overwrite=overwrite, tensors=3 * len(plan.checkpoint.tensors))
     folder.file_name = plan.checkpoint.file_name
     return folder
-
-
-def _complete(
-    plan: Plan,
-    data: CalibrationSet | None,
-    folder: OutputFolder,
-    state: RunState,
-    more: dict[str, Any],
-    trust_remote_code: bool,
-    tell: Progress,
-) -> dict[str, Any]:
-    """What comes after the layers; gives the report."""
-    total = plan.structure.num_layers
-    if not state.copied:
-        tell(total, total, "writing")
-        with state.stage("copy"):
-            _copy_the_rest(plan, folder)
-        state.copied = True
-        state.save({}, Activations(folder.work))
-    tell(total, total, "verifying")
-    report = {"layers": state.layers} | more
-    _finish(plan, folder, data, state, report, trust_remote_code)
-    return report
 
 
 def _quantize_layers(
@@ -247,13 +212,15 @@ def _quantize_layers(
     if plan.recipe.refine and plan.recipe.refine.curvature and data:
         with state.stage("curvature"):
             curvature = output_curvature(
-                plan.checkpoint, plan.skeleton, plan.structure, data.tokens, device
+                plan.checkpoint,
+                plan.skeleton,
+                plan.structure,
+                data.tokens,
+                device,
+                basis=plan.basis,
             )
         for root in curvature or ():
             ranks.leaders_tensor(root)
-        if curvature and plan.basis:
-            # |e C| for an error e is |turn(e) C'| for C' = R^T C.
-            curvature = [plan.basis.turn(root.T).T for root in curvature]
     for number in _unfinished(plan, state, tell):
         # Whatever is drawn at random is a function of seed and layer, also in a run that was gone on with.
         with torch.random.fork_rng():
@@ -298,28 +265,6 @@ def _calibration(
     length = seqlen or min(settings.seqlen, plan.structure.max_positions)
     tokenizer = load_tokenizer(plan.checkpoint.path, trust_remote_code=trust_remote_code)
     return calibration_blocks(tokenizer, calib, samples or settings.samples, length, seed)
-
-
-def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint folder; QuantkitError if there is none that can be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        # False and not None: for None transformers asks on the terminal.
-        return AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    # transformers raises many kinds for a missing or broken tokenizer; a panic of tokenizers' is no Exception
-    except BaseException as error:
-        if "trust_remote_code" in str(error):
-            raise QuantkitError(
-                f"{path}: its tokenizer needs Python code that comes with the checkpoint (auto_map); "
-                "read it, and if you trust it use --trust-remote-code"
-            ) from None
-        reason = " ".join(str(error).split())[:160]
-        raise QuantkitError(f"{path}: no usable tokenizer in it ({reason})") from None
 
 
 def _one_layer(
@@ -489,108 +434,3 @@ def _write_layer(
             folder.add(name, parameters[local].detach().to("cpu", original.dtype))
         else:
             copy_tensor(plan.checkpoint, name, folder)
-
-
-def _copy_the_rest(plan: Plan, folder: OutputFolder) -> None:
-    """Embeddings, head, final norm, and whatever else lies in the checkpoint: byte for byte, or turned."""
-    turned = plan.basis.outside if plan.basis else set()
-    for name in plan.checkpoint.tensors:
-        if not _in_a_layer(name, plan) and name not in turned:
-            copy_tensor(plan.checkpoint, name, folder)
-            folder.end_of_layer()
-    if plan.basis:
-        for turned_tensor in plan.basis.turn_outside(plan.checkpoint):
-            like = turned_tensor.like
-            with folder.tensor(turned_tensor.name, like.dtype, like.shape) as pieces:
-                for piece in turned_tensor.pieces:
-                    pieces.write(piece)
-            folder.end_of_layer()
-
-
-def _in_a_layer(name: str, plan: Plan) -> bool:
-    head, _, rest = name.partition(plan.structure.layers + ".")
-    number = rest.partition(".")[0]
-    return not head and number.isdigit() and int(number) < plan.structure.num_layers
-
-
-def _summary(model: str, plan: Plan, data: CalibrationSet | None, seed: int) -> dict[str, Any]:
-    return {
-        "source": str(plan.checkpoint.path.resolve()) if model != BUNDLED else BUNDLED,
-        "recipe": plan.recipe.model_dump(),
-        "version": quantkit.__version__,
-        "torch": torch.__version__,
-        "calibration": data.to_dict() | {"seed": seed} if data else None,
-        "linear_bytes": dict(zip(("before", "after"), plan.linear_bytes)),
-        "total_bytes": dict(zip(("before", "after"), plan.total_bytes)),
-        "servers": plan.servers,
-        "left_out": plan.notes,
-    }
-
-
-def _finish(
-    plan: Plan,
-    folder: OutputFolder,
-    data: CalibrationSet | None,
-    state: RunState,
-    report: dict[str, Any],
-    trust_remote_code: bool,
-) -> None:
-    """Side files, config.json, verification, the report, and the move into place."""
-    scales = state.scales
-    side: dict[str, Callable[[Path], None]] = {RECIPE_FILE: plan.recipe.save}
-    if scales:
-        side[KV_FILE] = partial(save_tensors, scales)
-    for file in plan.checkpoint.path.iterdir():
-        if _belongs(file) or (trust_remote_code and file.suffix == ".py"):
-            side[file.name] = partial(shutil.copyfile, file)
-
-    def check(output: Path) -> None:
-        from quantkit.report.documents import write_documents
-        from quantkit.verify import verify
-
-        with state.stage("verify"):
-            problems = verify(
-                output,
-                against=str(plan.checkpoint.path),
-                trust_remote_code=trust_remote_code,
-            ).problems
-        if problems:
-            raise InternalError(f"{folder.path}: the output does not verify: {problems[0]}")
-        report["seconds"] = round(state.elapsed, 2)
-        report["stages"] = {name: round(seconds, 2) for name, seconds in state.seconds.items()}
-        write_json(output / REPORT_FILE, report)
-        try:
-            write_documents(output, folder.path.resolve().name)
-        except Exception as error:  # hours of work are not thrown away for a page
-            _log.warning("no report page was made (%s); `quantkit report` tries again", error)
-
-    in_file = plan.checkpoint.file_module
-
-    def config(hashes: dict[str, str]) -> dict[str, Any]:
-        meta = {
-            "version": quantkit.__version__,
-            "recipe": plan.recipe.model_dump(exclude_defaults=True) | {"name": plan.recipe.name},
-            "calibration": data.to_dict() if data else None,
-            "shards": hashes,
-            "post_rope_scale": bool(scales),
-            "residual_basis": asdict(plan.basis) if plan.basis else None,
-        }
-        quantization = build_quantization_config(
-            {in_file(name): scheme for name, scheme in plan.schemes.items()},
-            # Under both names: vLLM knows the files', transformers its own.
-            list({n: 0 for m in plan.unquantized_linears for n in (m, in_file(m))}),
-            plan.recipe.kv_format(),
-            meta,
-        )
-        # A head that was tied took the final norm's weight in, which the embedding must not have.
-        untied = {"tie_word_embeddings": False} if plan.basis and plan.basis.tied else {}
-        return plan.checkpoint.config | untied | {"quantization_config": quantization}
-
-    folder.finish(side, config, check)
-
-
-def _belongs(file: Path) -> bool:
-    """Tokenizer and generation files go along; weights, their index, config.json and documents do not."""
-    if not file.is_file() or file.name == "config.json" or "safetensors" in file.name:
-        return False
-    return file.suffix in (".json", ".jinja", ".txt", ".model")

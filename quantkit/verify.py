@@ -186,7 +186,7 @@ def _check_text(
     checkpoint: Checkpoint, config: Any, trust_remote_code: bool, result: Verification
 ) -> None:
     """A short text must give finite logits and a loss below that of a model that knows nothing."""
-    from quantkit.pipeline import load_tokenizer
+    from quantkit.models.tokenizer import load_tokenizer
     from quantkit.streamed import streamed_logits
 
     try:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from quantkit.calibration.stream import LayerStream
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.models.rotating import ResidualBasis
 from quantkit.models.structure import Structure
 
 Forward = Callable[[Tensor], Tensor]
@@ -38,6 +39,7 @@ def output_curvature(
     tokens: Tensor,
     device: torch.device,
     seed: int = 0,
+    basis: ResidualBasis | None = None,
 ) -> list[Tensor] | None:
     """Per decoder layer a root C float32 [width, width] of its output's curvature: 1/2 |e / r C|^2 is in nats.
 
@@ -47,6 +49,7 @@ def output_curvature(
     Args:
         skeleton: with its parameters on the meta device; it is left so.
         tokens: int64 [samples, seqlen]; the first blocks are used.
+        basis: what errors are given in, where the residual stream is turned.
 
     Returns:
         None where the model's end is not a norm and a linear.
@@ -68,6 +71,9 @@ def output_curvature(
             forward = partial(stream.forward, layer, number)
             gradient = _through(forward, hidden[number], gradient, device)
         roots.append(_root(hidden[number], gradient))
+    if basis:
+        # |e C| = |turn(e) C'| for C' = R^T C.
+        roots = [basis.turn(root.T).T.contiguous() for root in roots]
     return roots[::-1]
 
 

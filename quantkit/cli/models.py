@@ -53,6 +53,6 @@ def weights_bytes(model: str) -> int:
 
 def tokenizer_of(model: str) -> Any:
     from quantkit.models.names import find_model
-    from quantkit.pipeline import load_tokenizer
+    from quantkit.models.tokenizer import load_tokenizer
 
     return load_tokenizer(find_model(model))

@@ -163,7 +163,7 @@ def _blocks(
     models: dict[str, str | None], texts: list[str], seqlen: int, limit: int | None
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Model -> text -> windows of tokens, the same for a model and its original."""
-    from quantkit.pipeline import load_tokenizer
+    from quantkit.models.tokenizer import load_tokenizer
 
     contents = {text: read_text(text, split="test") for text in texts}
     tokens: dict[Path, dict[str, torch.Tensor]] = {}
@@ -222,7 +222,7 @@ class _Run:
         return loaded
 
     def score(self, name: str, model: Any) -> dict[str, dict[str, float]]:
-        from quantkit.pipeline import load_tokenizer
+        from quantkit.models.tokenizer import load_tokenizer
 
         return run_tasks(model, load_tokenizer(find_model(name)), self.tasks, limit=self.limit)
 

@@ -6,6 +6,7 @@ What their schema cannot say stands under the extra top-level key `quantkit`, wh
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import quantkit
@@ -13,6 +14,8 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat
 
 SCHEMA = 1
+# Beside the weights: per layer, the factors on keys after RoPE.
+KV_FILE = Path("quantkit") / "kv.safetensors"
 # Layouts as compressed-tensors 0.17 wrote them; later versions read the same.
 _CT_VERSION = "0.17.0"
 # What a loader must be able to do, beyond reading the tensors, for the outputs to be right.

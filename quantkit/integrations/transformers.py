@@ -161,7 +161,7 @@ def _fetch_key_scales(model: Any, checkpoint: Checkpoint, info: Any) -> None:
     """transformers downloads config.json and the weights; the factors on keys lie beside them."""
     from transformers.utils import cached_file
 
-    from quantkit.runtime.load import KV_FILE
+    from quantkit.formats.config import KV_FILE
 
     name = str(model.config.name_or_path)
     if not info.meta.get("post_rope_scale") or Path(name).is_dir():

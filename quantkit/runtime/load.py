@@ -12,7 +12,7 @@ from torch import nn
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.config import QuantizationInfo, parse_quantization_config
+from quantkit.formats.config import KV_FILE, QuantizationInfo, parse_quantization_config
 from quantkit.formats.packed import expected_tensors
 from quantkit.models.files import ModelCheckpoint, in_model_names
 from quantkit.models.names import find_model
@@ -26,7 +26,6 @@ from quantkit.runtime.save import save_as_checkpoint
 
 # What loading needs beside the weights: the largest layer twice while it is repacked, and some air.
 _REPACKING_BYTES = 1 << 30
-KV_FILE = Path("quantkit") / "kv.safetensors"
 
 
 def load(

@@ -4,6 +4,7 @@ import torch
 
 from quantkit.calibration.curvature import _RIDGE, output_curvature
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.models.rotating import residual_basis
 from quantkit.models.structure import build_skeleton, find_structure, load_config
 
 
@@ -50,3 +51,16 @@ def test_the_same_tokens_give_the_same(tiny):
     assert first is not None
     assert again is not None
     assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+def test_in_a_turned_stream_the_same_error_costs_the_same(tiny):
+    tokens, device = torch.arange(64).view(2, 32), torch.device("cpu")
+    plain = output_curvature(*setup(tiny()), tokens, device)
+    checkpoint, skeleton, structure = setup(tiny())
+    basis = residual_basis(skeleton, structure, "m")
+    turned = output_curvature(checkpoint, skeleton, structure, tokens, device, basis=basis)
+    error = torch.randn(8, 256, generator=torch.Generator().manual_seed(1))
+    for root, other in zip(plain, turned, strict=True):
+        want, got = (error @ root).norm(dim=-1), (basis.turn(error) @ other).norm(dim=-1)
+        assert torch.allclose(got, want, rtol=1e-4)
+        assert not torch.allclose((error @ other).norm(dim=-1), want, rtol=1e-2)

@@ -7,7 +7,7 @@ import torch
 from quantkit.calibration.data import calibration_blocks, read_text, tokenize
 from quantkit.errors import QuantkitError
 from quantkit.models.names import bundled_path
-from quantkit.pipeline import load_tokenizer
+from quantkit.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

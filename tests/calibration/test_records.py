@@ -10,7 +10,7 @@ from quantkit.calibration import records
 from quantkit.calibration.records import Record, encode, has_records, read_records, shuffled
 from quantkit.errors import QuantkitError
 from quantkit.models.names import bundled_path
-from quantkit.pipeline import load_tokenizer
+from quantkit.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

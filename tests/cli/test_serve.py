@@ -18,7 +18,7 @@ from interrupts import hear_interrupts
 from quantkit import load, quantize
 from quantkit.cli import serve
 from quantkit.errors import QuantkitError
-from quantkit.pipeline import load_tokenizer
+from quantkit.models.tokenizer import load_tokenizer
 
 MISSING = [n for n in ("openai", "fastapi", "uvicorn") if importlib.util.find_spec(n) is None]
 

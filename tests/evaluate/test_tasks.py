@@ -6,7 +6,7 @@ from local_task import lm_eval, task_file
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.tasks import run_tasks
-from quantkit.pipeline import load_tokenizer
+from quantkit.models.tokenizer import load_tokenizer
 from quantkit.runtime.load import load
 
 

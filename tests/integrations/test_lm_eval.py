@@ -6,7 +6,7 @@ import pytest
 from local_task import lm_eval, task_file
 
 from quantkit.evaluate.tasks import run_tasks
-from quantkit.pipeline import load_tokenizer
+from quantkit.models.tokenizer import load_tokenizer
 from quantkit.runtime.fusion import LinearPart
 from quantkit.runtime.load import load
 

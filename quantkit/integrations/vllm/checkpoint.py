@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.config import QuantizationInfo, parse_quantization_config
+from quantkit.formats.config import KV_FILE, QuantizationInfo, parse_quantization_config
 from quantkit.formats.packed import expected_tensors
 from quantkit.formats.scheme import Scheme
 
-KV_FILE = Path("quantkit") / "kv.safetensors"
 _PATTERNS = ["*.json", "*.safetensors", "quantkit/*"]
 
 
