@@ -236,7 +236,7 @@ def our_format(report: dict[str, Any]) -> str:
         for layer in report["layers"]
         for figures in layer["linears"].values()
     }
-    name = schemes.pop() if len(schemes) == 1 else "mixed"
+    name = schemes.pop() if len(schemes) == 1 else "mixed" if schemes else "W16A16"
     cache = report["recipe"].get("kv_cache")
     return f"{name} KV{cache['bits']}" if cache else name
 

@@ -108,14 +108,17 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined(device: str, say: Callable[[BaseException], int]) -> Iterator[Ranks]:
+def joined(
+    device: str = "cpu", say: Callable[[BaseException], int] | None = None
+) -> Iterator[Ranks]:
     """The processes that this one was started with, `ALONE` without any; left in good order, also by exceptions.
 
     When one process fails, all end: the first to fail says why, the others end in silence.
 
     Args:
         device: as a user names it; it decides what tensors travel by.
-        say: tells the user of an exception, and gives the exit code that goes with it.
+        say: tells the user of an exception, and gives the exit code that goes with it; without it the first to fail
+            raises its own.
 
     Raises:
         QuantkitError: the processes do not reach each other.
@@ -129,7 +132,10 @@ def joined(device: str, say: Callable[[BaseException], int]) -> Iterator[Ranks]:
     try:
         yield ranks
     except BaseException as error:
-        raise SystemExit(ranks.fail(error, say)) from error
+        code = ranks.fail(error, say)
+        if code is None:
+            raise
+        raise SystemExit(code) from error
     ranks.leave()
 
 
@@ -279,14 +285,17 @@ class _Group(Ranks):
         with suppress(RuntimeError):
             self._dist.destroy_process_group()
 
-    def fail(self, error: BaseException, say: Callable[[BaseException], int]) -> int:
-        """End this process's part, when the others have noticed or time is up; gives the exit code."""
+    def fail(self, error: BaseException, say: Callable[[BaseException], int] | None) -> int | None:
+        """End this process's part, when the others have noticed or time is up; the exit code, None where `error` has to
+        be raised to be seen."""
         kind = next((name for name, e in _ERRORS.items() if isinstance(error, e)), "InternalError")
         word = json.dumps([self.rank, kind, str(error)])
-        code = {"QuantkitError": 2, "WriteError": 2, "KeyboardInterrupt": 130}.get(kind, 1)
+        code: int | None = {"QuantkitError": 2, "WriteError": 2, "KeyboardInterrupt": 130}.get(
+            kind, 1
+        )
         if self._store.compare_set(_FAILED, "", word).decode() == word:
             # Before the others notice: once one of them is gone, the launcher ends this one too.
-            code = say(error)
+            code = say(error) if say else None
         self.leave()  # the others' calls fail from here on
         with suppress(RuntimeError):
             if self._store.add(_LEFT, 1) == self.size:
