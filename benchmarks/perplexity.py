@@ -1,4 +1,4 @@
-"""Perplexity of every recipe, on the bundled Llama and on the same with planted outliers: the README's table.
+"""Perplexity of every recipe, on the bundled Llama and on the same with planted outliers, in bf16 as served.
 
     python benchmarks/perplexity.py
 
@@ -71,12 +71,11 @@ DYNAMIC = "crossquant, the paper's dynamic form"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The README's table of perplexities.")
-    parser.add_argument("--recipes", help="only these, separated by commas")
+    parser = argparse.ArgumentParser(description="Perplexities of every recipe.")
+    parser.add_argument("--recipes", help="only these, separated by commas; the other rows stay")
     only = parser.parse_args().recipes
     names = only.split(",") if only else [*(r for r, _ in RUNS), DYNAMIC]
     tokens = tokenize(load_tokenizer(bundled_path()), read_text("sample", split="test"))
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         sources = {"plain": bundled_path(), "outliers": planted(Path(name))}
         original = {kind: measure(load(path), tokens) for kind, path in sources.items()}
@@ -91,27 +90,32 @@ def main() -> None:
                 row[f"{kind}_seconds"] = round(time.perf_counter() - started, 1)
                 row[kind] = measure(load(out), tokens)
                 row[f"{kind}_ratio"] = row[kind] / original[kind]
-                row["size"] = report["linear_bytes"]["after"] / report["linear_bytes"]["before"]
-            rows.append(row)
-            show(row)
+                before, after = (report["linear_bytes"][key] for key in ("before", "after"))
+                row["size"] = after / before if before else None
+            keep(row, original)
         if DYNAMIC in names:
-            rows.append(dynamic_form(sources, original, tokens))
-            show(rows[-1])
-    if only and RESULTS.exists():
-        kept = json.loads(RESULTS.read_text())["rows"]
-        rows = sorted([r for r in kept if r["recipe"] not in names] + rows, key=place)
+            keep(dynamic_form(sources, original, tokens), original)
+
+
+def keep(row: dict[str, Any], original: dict[str, float]) -> None:
+    """Show a row, and put it into the results in the place of an older one."""
+    show(row)
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    same = ("recipe", "settings")
+    rows = [r for r in rows if any(r[key] != row[key] for key in same)] + [row]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     machine = {
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     }
+    data = {
+        "bf16": original,
+        "rows": sorted(rows, key=place),
+        "versions": versions,
+        "machine": machine,
+    }
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(
-        json.dumps(
-            {"bf16": original, "rows": rows, "versions": versions, "machine": machine}, indent=2
-        )
-        + "\n"
-    )
+    RESULTS.write_text(json.dumps(data, indent=2) + "\n")
 
 
 def place(row: dict[str, Any]) -> int:
