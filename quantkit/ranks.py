@@ -151,6 +151,10 @@ class _Group(Ranks):
         import torch
         import torch.distributed as dist
 
+        # Imported when the group is there, its functions' defaults keep the group alive after its end: gloo's threads
+        # then run into the interpreter's end, which aborts the process now and then.
+        import torch.distributed.nn.functional
+
         self._dist = dist
         self.on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._local = int(os.environ["LOCAL_RANK"])
