@@ -205,12 +205,16 @@ class Run:
 def agree(run: Run) -> None:
     """vLLM with the plugin beside quantkit.load, and beside what transformers alone makes of it.
 
-    `own` is quantkit.load beside itself with its layers unfused: what the order of bf16 sums alone does.
+    `own` is quantkit.load beside itself, its layers unfused and its attention over 16-bit keys the eager one: what
+    another order of the same bf16 sums alone does.
     """
     for recipe in RECIPES:
         folder = run.checkpoint(recipe)
         own = model_scores(load(folder), run.texts)
-        spread = compare(model_scores(load(folder, fused=False), run.texts), own)
+        other = load(folder, fused=False)
+        if other.config._attn_implementation == "sdpa":
+            other.set_attn_implementation("eager")
+        spread = compare(model_scores(other, run.texts), own)
         with Server(folder) as server:
             run.demand(server.ready(), f"{recipe}: the server starts")
             served = server.scores(run.texts)

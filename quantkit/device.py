@@ -22,3 +22,18 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise QuantkitError(f"--device {name}: torch sees no CUDA device; use --device cpu")
     return device
+
+
+def product_dtype(device: torch.device, bits: int) -> torch.dtype:
+    """The type in which the products that only measure or calibrate are computed, for weights of so many bits.
+
+    bfloat16 where the hardware multiplies it: beside what four bits lose its rounding is nothing. The errors of eight bits
+    would be measured too large: they take float32.
+    """
+    if bits > 4:
+        return torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32

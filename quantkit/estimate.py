@@ -116,10 +116,11 @@ def estimate(
     """The estimate of a run; samples and seqlen matter for recipes that calibrate."""
     base = (memory.resident() or _LIBRARIES) + _LATER_IMPORTS
     width = _width(structure)
-    # Verification: the largest packed layer while it is repacked, a piece of the output layer, the logits.
-    packed = max(_packed_bytes(structure, schemes, n) for n in range(structure.num_layers))
+    # Verification: a packed layer while its largest linear is repacked; then a piece of the output layer and the logits.
+    sizes = [_packed_bytes(structure, schemes, n) for n in range(structure.num_layers)]
+    repacking = max(sum(layer) + 2 * max(layer) for layer in sizes)
     rows = max((i.shape[0] for i in checkpoint.tensors.values() if len(i.shape) == 2), default=0)
-    verifying = 2 * packed + _HEAD_ROWS * width * 4 + _SANITY_TOKENS * rows * 10
+    verifying = max(repacking, _HEAD_ROWS * width * 2 + _SANITY_TOKENS * rows * 10)
     if not recipe.needs_calibration:
         work = _PIECE * _ROUNDING
         seconds = 2 * (checkpoint.bytes + output_bytes) / _BYTES_PER_SECOND
@@ -148,12 +149,13 @@ def _width(structure: Structure) -> int:
     return first.shapes[first.groups[0].linears[0]][1]
 
 
-def _packed_bytes(structure: Structure, schemes: dict[str, Scheme], number: int) -> int:
+def _packed_bytes(structure: Structure, schemes: dict[str, Scheme], number: int) -> list[int]:
+    """Of each linear of a layer, as it is stored."""
     prefix = structure.prefix(number)
-    return sum(
+    return [
         schemes[prefix + name].packed_bytes(*shape) if prefix + name in schemes else 2 * shape[0] * shape[1]
         for name, shape in structure.layer(number).shapes.items()
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def _calibrating(layer: LayerStructure, batch: int, seqlen: int) -> int:

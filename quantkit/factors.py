@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from quantkit.calibration.statistics import InputStatistics
+from quantkit.device import product_dtype
 from quantkit.formats.scheme import Scheme
 from quantkit.methods import crossquant, fireq, rounding, smoothing
 from quantkit.methods.hadamard import rotate
@@ -59,6 +60,7 @@ def choose_factor(
             scheme=scheme,
             rotation=rotation,
         ),
+        product_dtype(stats.absmax.device, scheme.weights.bits),
     )
     chosen = next(
         (e for e, d in zip(exponents, candidates) if d is best or torch.equal(d, best)), None

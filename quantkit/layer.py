@@ -22,7 +22,7 @@ from quantkit.models.groups import InputGroup, LayerStructure
 from quantkit.models.rotating import turn_values, value_block
 from quantkit.ranks import ALONE, Found, Ranks
 from quantkit.recipe import Recipe
-from quantkit.solve import Solved, solve
+from quantkit.solve import Inputs, Solved, solve
 
 
 @dataclass
@@ -144,6 +144,18 @@ class _Work:
         self, factors: dict[str, torch.Tensor]
     ) -> Iterator[tuple[str, Solved, dict[str, Any]]]:
         """Each linear quantized, one by one, with figures; `factors` are those that were folded."""
+        # Linears with one input come one after the other: what is made of it is kept for the next.
+        last: dict[tuple[int, int, int | None], Inputs | None] = {}
+
+        def inputs_of(
+            seen: InputStatistics, factor: torch.Tensor | None, rotation: int | None
+        ) -> Inputs | None:
+            key = (id(seen), id(factor), rotation)
+            if key not in last:
+                last.clear()
+                hessian = seen.hessian_after(factor, rotation)
+                last[key] = None if hessian is None else Inputs(hessian, self.recipe.gptq)
+            return last[key]
 
         def quantize(job: tuple[InputGroup, str]) -> Found:
             group, name = job
@@ -153,13 +165,13 @@ class _Work:
             )
             seen, figures = statistics_of(group, name, self.inputs)
             factor, rotation = factors.get(group.name), self.rotation(group, scheme)
-            hessian = seen.hessian_after(factor, rotation) if seen else None
+            inputs = inputs_of(seen, factor, rotation) if seen else None
             assert weights
             if figures.get("fallback") == "nearest":
                 weights = weights.model_copy(update={"rounding": "nearest"})
             linear: Any = self.layer.get_submodule(name)
             solved, measured = solve(
-                linear.weight.detach(), scheme, weights, self.recipe.gptq, hessian
+                linear.weight.detach(), scheme, weights, self.recipe.gptq, inputs
             )
             # Only refinement goes on from what was rounded.
             target = (solved.target,) if self.recipe.refine and solved.target is not None else ()

@@ -22,7 +22,7 @@ from quantkit.calibration.curvature import output_curvature
 from quantkit.calibration.data import CalibrationSet, calibration_blocks
 from quantkit.calibration.sources import check_sources, named_samples
 from quantkit.calibration.stream import LayerStream, observe
-from quantkit.device import find_device
+from quantkit.device import find_device, product_dtype
 from quantkit.errors import QuantkitError
 from quantkit.estimate import check_disk, choose_offload
 from quantkit.finish import RECIPE_FILE, Progress, complete, summary
@@ -207,6 +207,7 @@ def _quantize_layers(
             done=state.done,
             basis=plan.basis,
             ranks=ranks,
+            products=_products(plan, device),
         )
     curvature = None
     if plan.recipe.refine and plan.recipe.refine.curvature and data:
@@ -235,6 +236,18 @@ def _quantize_layers(
             folder.end_of_layer()
         state.done = number + 1
         state.save(stream.chains(), store)
+
+
+def _products(plan: Plan, device: torch.device) -> torch.dtype:
+    """The type of the products in layers that calibration text runs through.
+
+    Narrow only where the model's own will be; and not for refinement, which descends on differences finer than that.
+    """
+    stored = plan.checkpoint.tensors.values()
+    sixteen = sum(info.bytes for info in stored if info.dtype in ("BF16", "F16"))
+    if plan.recipe.refine or 2 * sixteen <= plan.checkpoint.bytes:
+        return torch.float32
+    return product_dtype(device, min((s.weights.bits for s in plan.schemes.values()), default=16))
 
 
 def _unfinished(plan: Plan, state: RunState, tell: Progress) -> Iterator[int]:

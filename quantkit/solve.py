@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from quantkit.device import product_dtype
 from quantkit.formats.scheme import Scheme, WeightFormat
 from quantkit.methods import fp8_scales, rounding
-from quantkit.methods.gptq import gptq
+from quantkit.methods.gptq import HessianFactor, factorize, gptq
 from quantkit.methods.hadamard import rotate
 from quantkit.methods.scale_fit import FP8_STRETCHES, fit_scales
 from quantkit.recipe import GPTQ, Weights
+
+# Columns of a Hessian that are multiplied together.
+_STRIP = 1024
 
 
 @dataclass(frozen=True)
@@ -60,58 +64,85 @@ def size_figures(scheme: Scheme, rows: int, columns: int) -> dict[str, float]:
     return {"weights": count, "bits": scheme.packed_bytes(rows, columns) * 8 / count}
 
 
+class Inputs:
+    """What linears that read one input are quantized for.
+
+    Attributes:
+        hessian: of the input as the weights will read it (factors folded, rotated), float32 [K, K].
+    """
+
+    def __init__(self, hessian: torch.Tensor, settings: GPTQ) -> None:
+        self.hessian = hessian
+        self._settings = settings
+
+    @cached_property
+    def factor(self) -> HessianFactor | None:
+        """For GPTQ, made when the first linear asks; None where the Hessian cannot be used."""
+        return factorize(
+            self.hessian,
+            damping=self._settings.damping,
+            act_order=self._settings.activation_order,
+        )
+
+    def energy(self, weight: torch.Tensor, bits: int) -> float:
+        """tr(W H W^T) of a weight [N, K] of so many bits: what its errors are compared with."""
+        dtype = product_dtype(weight.device, bits)
+        narrow, total = weight.to(dtype), 0.0
+        for first in range(0, weight.shape[1], _STRIP):
+            last = first + _STRIP
+            # H is symmetric: what lies left of the diagonal counts twice.
+            rows = self.hessian[:last, first:last].to(dtype)
+            rows[:first] *= 2
+            total += float((narrow[:, :last] @ rows).float().mul_(weight[:, first:last]).sum())
+        return total
+
+
 def solve(
     weight: torch.Tensor,
     scheme: Scheme,
     weights: Weights,
     settings: GPTQ,
-    hessian: torch.Tensor | None,
+    inputs: Inputs | None,
 ) -> tuple[Solved, dict[str, Any]]:
     """A weight [N, K] in its scheme, and figures for the report.
 
     Args:
-        hessian: of the linear's input as the weight will read it (factors folded, rotated), or None.
+        inputs: what it reads; needed for GPTQ.
     """
     if scheme.rotation:
         weight = rotate(weight, scheme.rotation)
     grid = rounding.Grid(scheme.weights.bits, scheme.weights.half)
-    importance = hessian.diagonal() if hessian is not None else None
+    importance = inputs.hessian.diagonal() if inputs else None
     scale = weight_scale(weight, scheme.weights, weights.clip, importance)
     rows, columns = weight.shape
     figures: dict[str, Any] = {
         "scheme": str(scheme),
         "rounding": weights.rounding,
     } | size_figures(scheme, rows, columns)
+    loss = None
+    codes, target = None, weight
     if weights.rounding == "gptq":
-        assert hessian is not None
-        choose_codes = partial(
-            gptq,
-            weight,
-            hessian,
-            grid=grid,
-            damping=settings.damping,
-            block=settings.block,
-            act_order=settings.activation_order,
-        )
-        found = choose_codes(scale)
-        if settings.fit_scales and not found.fell_back:
-            fitted = _fitted(weight, found.codes, scale, hessian, scheme.weights)
-            again = choose_codes(fitted)
-            # GPTQ is no descent: what it chooses for better scales may be worse.
-            before, after = (
-                _relative(rounding.dequantize(r.codes, s, grid) - weight, weight, hessian)
-                for r, s in ((found, scale), (again, fitted))
-            )
-            if after < before:
-                found, scale = again, fitted
-        codes, target = found.codes, found.target
-        figures |= {"damping": found.damping, "fell_back": found.fell_back}
-    else:
-        codes, target = rounding.quantize(weight, scale, grid), weight
+        assert inputs
+        factor = inputs.factor
+        figures |= {"damping": factor.damping if factor else None, "fell_back": factor is None}
+        if factor:
+            found = gptq(weight, factor, scale, grid, block=settings.block)
+            if settings.fit_scales:
+                fitted = _fitted(weight, found.codes, scale, inputs.hessian, scheme.weights)
+                again = gptq(weight, factor, fitted, grid, block=settings.block)
+                # GPTQ is no descent: what it chooses for better scales may be worse.
+                if again.loss < found.loss:
+                    found, scale = again, fitted
+            codes, target, loss = found.codes, found.target, found.loss
+    if codes is None:
+        codes = rounding.quantize(weight, scale, grid)
     error = rounding.dequantize(codes, scale, grid) - weight
-    figures["weight_error"] = _relative(error, weight, None)
-    if hessian is not None:
-        figures["output_error"] = _relative(error, weight, hessian)
+    figures["weight_error"] = float(error.square().sum() / weight.square().sum().clamp_min(1e-30))
+    if inputs is not None:
+        if loss is None:
+            loss = float(((error @ inputs.hessian) * error).sum())
+        energy = inputs.energy(weight, scheme.weights.bits)
+        figures["output_error"] = loss / max(energy, 1e-30)
     return Solved(codes, scale, target), figures
 
 
@@ -133,13 +164,4 @@ def _fitted(
         rounding.Grid(form.bits, form.half),
         lambda rows: store_scale(rows, rows, per_row),
         stretches=FP8_STRETCHES if form.scale.startswith("fp8") else (1.0,),
-    )
-
-
-def _relative(error: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor | None) -> float:
-    """Squared error over squared weight, both seen through the inputs if a Hessian is given."""
-    if hessian is None:
-        return float(error.square().sum() / weight.square().sum().clamp_min(1e-30))
-    return float(
-        ((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum().clamp_min(1e-30)
     )

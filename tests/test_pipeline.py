@@ -145,9 +145,17 @@ def test_a_sharded_source_gives_the_same_output(tiny, tmp_path: Path):
     assert all(torch.equal(a.load(n), b.load(n)) for n in a.tensors)
 
 
-@pytest.mark.parametrize("settings", [("weights.rounding=gptq",), ("extends fireq",)])
+# The error allowed, in the median and the mean: a sum's last bit moves a few activations to the next FP8 number.
+@pytest.mark.parametrize(
+    ("settings", "products", "median", "mean"),
+    [
+        (("weights.rounding=gptq",), torch.float32, 1e-5, 0.05),
+        (("extends fireq",), torch.float32, 1e-5, 0.05),
+        (("weights.rounding=gptq",), torch.bfloat16, 0.02, 0.05),
+    ],
+)
 def test_what_was_calibrated_is_what_is_loaded(
-    tiny, text: Path, tmp_path: Path, monkeypatch, settings
+    tiny, text: Path, tmp_path: Path, monkeypatch, settings, products, median, mean
 ):
     """Calibration's outputs of each layer are those of the packed model that is loaded afterwards."""
     from quantkit import pipeline
@@ -165,6 +173,7 @@ def test_what_was_calibrated_is_what_is_loaded(
             seen.append(self.hidden.clone())
 
     monkeypatch.setattr(pipeline, "LayerStream", Spy)
+    monkeypatch.setattr(pipeline, "product_dtype", lambda device, bits: products)
     recipe = (
         Recipe.load("fireq")
         if settings == ("extends fireq",)
@@ -181,9 +190,8 @@ def test_what_was_calibrated_is_what_is_loaded(
         ]  # transformers' last one has gone through the final norm
     for ours, theirs in zip(hidden, want, strict=True):
         distance = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
-        # The median: a float32 sum's last bit moves a few activations to the next FP8 number.
-        assert float(distance.median()) < 1e-5
-        assert float(distance.mean()) < 5e-2
+        assert float(distance.median()) < median
+        assert float(distance.mean()) < mean
 
 
 def test_gptq_and_factors_pay(tiny, text: Path, tmp_path: Path):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from quantkit import solve as module
 from quantkit.formats.scheme import Scheme, WeightFormat
+from quantkit.methods.rounding import Grid, dequantize
 from quantkit.recipe import GPTQ, Recipe
-from quantkit.solve import solve, store_scale
+from quantkit.solve import Inputs, solve, store_scale
 
 
 @pytest.mark.parametrize("scale", ["bf16", "fp8_channel", "fp8_tensor"])
@@ -18,8 +20,10 @@ def test_fitted_scales_lower_the_output_error(scale: str):
     scheme = Scheme(WeightFormat(4, 32, scale))
     weights = Recipe.load("gptq").weights
     assert weights
-    plain, before = solve(weight, scheme, weights, GPTQ(), 2 * x.T @ x)
-    fitted, after = solve(weight, scheme, weights, GPTQ(fit_scales=True), 2 * x.T @ x)
+    (plain, before), (fitted, after) = (
+        solve(weight, scheme, weights, settings, Inputs(2 * x.T @ x, settings))
+        for settings in (GPTQ(), GPTQ(fit_scales=True))
+    )
     # A power of two for all rows suits few rows: there the scales may stay.
     least = 1.0 if scale == "fp8_tensor" else 0.95
     assert after["output_error"] <= least * before["output_error"]
@@ -27,3 +31,22 @@ def test_fitted_scales_lower_the_output_error(scale: str):
     stored = store_scale(fitted.scale, weight, scheme.weights)
     assert torch.equal(fitted.scale, fitted.scale.bfloat16().float())
     assert scale == "fp8_tensor" or torch.equal(stored, fitted.scale)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_errors_are_seen_through_the_inputs(bits: int, monkeypatch):
+    monkeypatch.setattr(module, "_STRIP", 48)
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (
+        torch.randn(40, 128, generator=generator),
+        torch.randn(300, 128, generator=generator),
+    )
+    x *= torch.linspace(0.1, 3, 128)
+    recipe = Recipe.load("gptq")
+    scheme = Scheme(WeightFormat(bits, 32, "bf16"))
+    for rounding in ("gptq", "nearest"):
+        weights = recipe.weights.model_copy(update={"bits": bits, "rounding": rounding})
+        solved, figures = solve(weight, scheme, weights, GPTQ(), Inputs(2 * x.T @ x, GPTQ()))
+        error = dequantize(solved.codes, solved.scale, Grid(bits)) - weight
+        want = (x @ error.T).square().sum() / (x @ weight.T).square().sum()
+        assert figures["output_error"] == pytest.approx(float(want), rel=2e-3)

@@ -29,6 +29,7 @@ _SOURCES = (
     "int8_vnni.cpp",
     "kv4_attention.cpp",
     "kv4_pack.cpp",
+    "rounding.cpp",
     "rows.cpp",
 )
 _FLAGS = [
@@ -69,6 +70,13 @@ _ARGUMENTS = {
     "int8_linear": [
         *(POINTER, SIZE, POINTER, POINTER, POINTER, POINTER, POINTER, INT),
         *(SIZE, SIZE, SIZE, INT, INT),
+    ],
+    "gptq_block": [
+        *(POINTER, POINTER, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER, POINTER, POINTER),
+        *(FLOAT, FLOAT, FLOAT, POINTER, POINTER, POINTER, INT),
+    ],
+    "scale_search": [
+        *(POINTER, SIZE, SIZE, SIZE, POINTER, POINTER, INT, FLOAT, FLOAT, FLOAT, POINTER, INT),
     ],
     "quantize_rows": [POINTER, INT, SIZE, SIZE, SIZE, *_QUANTIZER, POINTER, POINTER, INT],
     "norm_quantize": [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quantkit.methods.gptq import accumulate_hessian
+from quantkit.methods.gptq import accumulate_hessian, complete_hessian
 from quantkit.methods.hadamard import rotate_hessian
 from quantkit.ranks import Ranks
 
@@ -14,7 +14,7 @@ class InputStatistics:
 
     Attributes:
         absmax, mean_abs, rms: float32 [K].
-        hessian: float32 [K, K], 2 X^T X summed over tokens, or None if it is not needed.
+        hessian: float32 [K, K], 2 X^T X summed over tokens, or None if it is not needed; whole after `combine`.
         rows: up to `keep` of the tokens seen, spread evenly over all batches, float32.
     """
 
@@ -35,10 +35,11 @@ class InputStatistics:
         self.tokens += x.shape[0]
         magnitude = x.abs()
         self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
-        self._abs += magnitude.sum(0, dtype=torch.float64)
-        self._square += x.square().sum(0, dtype=torch.float64)
+        self._abs += magnitude.sum(0)
         if self.hessian is not None:
             accumulate_hessian(self.hessian, x)
+        else:
+            self._square += magnitude.square_().sum(0)
         step = max(1, x.shape[0] // self._per_batch)
         self._rows.append(x[::step][: self._per_batch].clone())
 
@@ -50,9 +51,11 @@ class InputStatistics:
     def combine(self, ranks: Ranks) -> None:
         """From here on, what all processes have seen."""
         ranks.largest(self.absmax)
-        for sums in (self._abs, self._square, self.hessian):
-            if sums is not None:
-                ranks.total(sums)
+        for sums in (self._abs, self._square if self.hessian is None else self.hessian):
+            ranks.total(sums)
+        if self.hessian is not None:
+            complete_hessian(self.hessian)
+            self._square = self.hessian.diagonal().double() / 2
         self._rows = [ranks.joined(self.rows)]
         count = torch.tensor([self.tokens])
         ranks.total(count)

@@ -42,6 +42,7 @@ class LayerStream:
         done: layers that an earlier start has finished: the store has what they gave.
         basis: what the residual stream is turned into; layers come turned, and so do the activations.
         ranks: the processes that the samples are split over; `tokens` are those of all.
+        products: the type in which `run` and `advance` multiply matrices; all between layers stays float32.
 
     Attributes:
         hidden: the quantized layers' outputs so far, the next layer's inputs, float32 [samples, seqlen, width]; of
@@ -63,8 +64,10 @@ class LayerStream:
         done: int = 0,
         basis: ResidualBasis | None = None,
         ranks: Ranks = ALONE,
+        products: torch.dtype = torch.float32,
     ) -> None:
         self._basis = basis
+        self._products = products
         self._checkpoint = checkpoint
         self._structure = structure
         self._layers: Any = skeleton.get_submodule(structure.layers)
@@ -184,8 +187,11 @@ class LayerStream:
         """
         hidden = self.hidden if hidden is None else hidden
         assert hidden is not None
+        narrow = self._products != torch.float32
         for first in range(0, hidden.shape[0], self._batch):
-            sink(first, self.forward(layer, number, hidden[first : first + self._batch]))
+            with torch.autocast(self._device.type, self._products, enabled=narrow):
+                output = self.forward(layer, number, hidden[first : first + self._batch])
+            sink(first, output.float())
             self._store.release()
 
     def advance(self, layer: nn.Module, number: int) -> None:

@@ -1,8 +1,15 @@
 """GPTQ: rounding a weight column by column, each error made up for by the columns that follow.
 
-Source: Frantar et al., arXiv 2210.17323, algorithm 1. With H = 2 X^T X, the inputs' Hessian, and U the upper
-Cholesky factor of H^-1 (H^-1 = U^T U), column j is rounded and its error e_j = (w_j - q_j) / U_jj is taken
-off every later column: w_k -= e_j U_jk. The scales are given and stay: this module only chooses the codes.
+Source: Frantar et al., arXiv 2210.17323. Its algorithm 1 takes the Cholesky factor of the inverse of H = 2 X^T X. The
+same codes come from the factor of H itself, with one factorization, no inverse, and the loss for nothing: with the columns
+in the order of their visits, H = M D M^T for a unit upper M and a diagonal D makes the loss of a row's errors
+e = w - q
+
+    e H e^T = sum_j D_j (e_j + sum_(i<j) e_i M_ij)^2,
+
+so that column j is best rounded from t_j = w_j + sum_(i<j) e_i M_ij, and then loses D_j (t_j - q_j)^2. That the two are
+one is shown by Chen et al., arXiv 2507.18553 (GPTQ is Babai's nearest plane), section 4. The scales are given and stay:
+this module only chooses the codes.
 """
 
 from __future__ import annotations
@@ -12,16 +19,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.methods.rounding import Grid, quantize
+from quantkit.kernels.cpu import rounding as native
+from quantkit.methods.rounding import Grid
 
 _RETRIES = 3
 # Rows or columns of a large matrix that are worked on together, where it is changed in place.
 _CHUNK = 512
-# Below this size a triangular matrix is inverted by substitution, above it by halves.
-_LEAF = 512
+# Rows of a Hessian that are accumulated together, from the diagonal to the right: it is symmetric.
+_STRIP = 256
 # Rows worked on together on a CPU: a block of columns stays in the cache, and torch rounds so few numbers on
 # one thread. Thousands of tiny parallel regions cost 10 ms each as soon as another process wants a core.
 _ROWS = 2048
+
+
+@dataclass(frozen=True)
+class HessianFactor:
+    """A damped Hessian made ready, for all weights that read its inputs; from `factorize`.
+
+    Attributes:
+        order: int64 [K], the columns as they are visited.
+        ratios: float32 [K, K], M in that order: upper triangular, 1 on the diagonal.
+        pivots: float64 [K], D in that order, in units of `mean`.
+        mean: the mean of the Hessian's diagonal.
+        damping: its share that was added to the diagonal in the end.
+        dead: bool [K], in that order: inputs that were always zero.
+    """
+
+    order: Tensor
+    ratios: Tensor
+    pivots: Tensor
+    mean: float
+    damping: float
+    dead: Tensor
 
 
 @dataclass(frozen=True)
@@ -32,132 +61,197 @@ class GptqResult:
         codes: int8 [N, K].
         target: float32 [N, K], the weight as it stood when each column was rounded, earlier columns' errors
             made up for: `codes` are its nearest levels.
-        damping: the one used last.
-        fell_back: whether plain rounding had to do instead.
+        loss: tr(E H E^T) of the errors E, without damping.
     """
 
     codes: Tensor
     target: Tensor
-    damping: float
-    fell_back: bool
+    loss: float
 
 
 def accumulate_hessian(hessian: Tensor, x: Tensor) -> None:
-    """Add 2 X^T X of the rows `x` [T, K] to `hessian` float32 [K, K], in place (it is an accumulator)."""
+    """Add 2 X^T X of the rows `x` [T, K] to `hessian` float32 [K, K], in place (it is an accumulator).
+
+    What lies left of the blocks on the diagonal stays as it is: `complete_hessian` fills it in the end.
+    """
     x = x.to(hessian.dtype)
-    hessian.addmm_(x.T, x, alpha=2.0)
+    for first in range(0, x.shape[1], _STRIP):
+        strip = slice(first, first + _STRIP)
+        hessian[strip, first:].addmm_(x[:, strip].T, x[:, first:], alpha=2.0)
 
 
-def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    scale: Tensor,
-    grid: Grid,
-    *,
-    damping: float = 0.01,
-    block: int = 128,
-    act_order: bool = False,
-) -> GptqResult:
-    """Round `weight` to the levels of `scale`, with the least output error GPTQ can reach.
+def complete_hessian(hessian: Tensor) -> None:
+    """Mirror the accumulated upper half of `hessian` [K, K] into its lower half, in place."""
+    for first in range(0, hessian.shape[0], _STRIP):
+        rest = first + _STRIP
+        hessian[rest:, first:rest] = hessian[first:rest, rest:].T
+
+
+def factorize(
+    hessian: Tensor, *, damping: float = 0.01, act_order: bool = False
+) -> HessianFactor | None:
+    """Make a Hessian ready for `gptq`.
 
     Args:
-        weight: [N, K].
         hessian: [K, K], 2 X^T X up to a factor. Inputs that were always zero (zero diagonal) are rounded
             plainly and compensate nothing.
-        scale: [N, G], fixed; group i holds columns i * K / G to (i + 1) * K / G, in whatever order they are
-            visited.
-        grid: the levels.
         damping: share of the mean diagonal added to the diagonal; where the Cholesky fails, ten times as
             much, at most three times.
-        block: columns whose updates of later columns are applied together.
         act_order: visit the columns with the largest diagonal first.
 
     Returns:
-        The codes. A Hessian that cannot be used (NaN, infinity, indefinite beyond damping) is no error:
-        the codes are then plain rounding's and `fell_back` is true.
+        None for a Hessian that cannot be used (NaN, infinity, indefinite beyond damping): round plainly then.
 
     Raises:
-        ValueError: shapes do not fit, or `damping` or `block` is not positive.
+        ValueError: `damping` is not positive.
     """
-    columns = weight.shape[1]
-    if hessian.shape != (columns, columns):
-        raise ValueError(f"the Hessian of {columns} inputs cannot have shape {list(hessian.shape)}")
-    if scale.shape[0] != weight.shape[0] or columns % scale.shape[1]:
-        raise ValueError(f"scales {list(scale.shape)} do not fit a weight {list(weight.shape)}")
-    if not damping > 0 or block < 1:
-        raise ValueError(f"damping and block must be positive, not {damping} and {block}")
-
-    order = torch.arange(columns, device=weight.device)
-    if act_order:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor, damping = _inverse_factor(hessian, order, damping)
-    if factor is None:
-        return GptqResult(quantize(weight, scale, grid), weight.float(), damping, True)
-    # Transposed: a column of the weight is then contiguous, and updates run along memory.
-    work = weight.float().T[order]
-    groups = order // (columns // scale.shape[1])
-    # Rows do not depend on each other. On a GPU splitting them would only add launches.
-    rows = _ROWS if weight.device.type == "cpu" else max(weight.shape[0], 1)
-    parts = [part.contiguous() for part in work.split(rows, 1)]
-    visited = [
-        _compensate(part, factor, level.T.contiguous(), groups.tolist(), grid, block)
-        for part, level in zip(parts, scale.float().split(rows))
-    ]
-    codes, target = torch.empty_like(work, dtype=torch.int8), work
-    codes[order], target[order] = torch.cat(visited, 1), torch.cat(parts, 1)
-    return GptqResult(codes.T.contiguous(), target.T.contiguous(), damping, False)
-
-
-def _compensate(
-    work: Tensor, factor: Tensor, scale: Tensor, groups: list[int], grid: Grid, block: int
-) -> Tensor:
-    """The loop of GPTQ on `work` [K, N] (becomes what was rounded), `factor` = U [K, K] and `scale` [G, N]: codes [K, N]."""
-    columns = work.shape[0]
-    codes = torch.empty_like(work, dtype=torch.int8)
-    diagonal = factor.diagonal().tolist()
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        errors = torch.empty_like(work[start:stop])
-        for j in range(start, stop):
-            level = scale[groups[j]]
-            codes[j] = grid.encode(work[j], level)
-            error = (work[j] - grid.decode(codes[j], level)) / diagonal[j]
-            # addmm of one column, not addr: the BLAS knows when threads do not pay, addr always takes them.
-            later = work[j + 1 : stop]
-            later.addmm_(factor[j, j + 1 : stop, None], error[None], alpha=-1.0)
-            errors[j - start] = error
-        work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1.0)
-    return codes
-
-
-def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor | None, float]:
-    """U float32 [K, K], upper, with U^T U the inverse of the damped, reordered Hessian; None where it fails.
-
-    With J the reversal of rows and columns, J H J = L L^T gives H = R R^T for the upper R = J L J, and so
-    H^-1 = U^T U for U = R^-1: one Cholesky and one triangular inverse, without forming H^-1.
-    """
+    if not damping > 0:
+        raise ValueError(f"damping must be positive, not {damping}")
     diagonal = hessian.diagonal().double()
-    dead = diagonal == 0
-    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    alive = diagonal != 0
+    mean = float(diagonal[alive].mean()) if bool(alive.any()) else 1.0
     if not _finite(hessian) or not mean > 0:
-        return None, damping
-    # U's scale cancels in the updates, so the mean diagonal may be 1: nothing over- or underflows.
-    kept = hessian.diagonal()[order] != 0
-    order, alive = order.flip(0), kept.flip(0)
+        return None
+    order = torch.arange(hessian.shape[0], device=hessian.device)
+    if act_order:
+        order = diagonal.float().argsort(descending=True, stable=True)
+    # A Cholesky factor is lower, M is upper: it is that of the matrix with rows and columns in reverse.
+    backwards, alive = order.flip(0), alive[order].flip(0)
     for attempt in range(_RETRIES + 1):
         damping = damping * 10 if attempt else damping
-        # Factored, inverted and narrowed where it lies: of 28,672 inputs it has 6.6 GB. Made anew where that fails.
-        matrix = _reordered(hessian, order, alive, mean)
+        # Factored and narrowed where it lies: of 28,672 inputs it has 6.6 GB. Made anew where that fails.
+        matrix = _reordered(hessian, backwards, alive, mean)
         matrix.diagonal().add_(damping)
         transposed = matrix.mT  # LAPACK's order: no copy is made for it
         info = torch.empty((), dtype=torch.int32, device=matrix.device)
         torch.linalg.cholesky_ex(transposed, upper=True, out=(transposed, info))
         if int(info) == 0:
-            _invert_lower(matrix)
-            upper = _flipped_float(matrix)
-            if _finite(upper):
-                return upper, damping
-    return None, damping
+            pivots = matrix.diagonal().flip(0).square()
+            ratios = _ratios(matrix)
+            if _finite(ratios):
+                return HessianFactor(order, ratios, pivots, mean, damping, ~alive.flip(0))
+    return None
+
+
+def gptq(
+    weight: Tensor, factor: HessianFactor, scale: Tensor, grid: Grid, *, block: int = 128
+) -> GptqResult:
+    """Round `weight` to the levels of `scale`, with the least output error GPTQ can reach.
+
+    Args:
+        weight: [N, K].
+        factor: of its inputs' Hessian.
+        scale: [N, G], fixed; group i holds columns i * K / G to (i + 1) * K / G, in whatever order they are
+            visited.
+        grid: the levels.
+        block: columns whose updates of later columns are applied together.
+
+    Raises:
+        ValueError: shapes do not fit, or `block` is not positive.
+    """
+    columns, order = weight.shape[1], factor.order
+    if order.numel() != columns:
+        raise ValueError(f"the Hessian of {columns} inputs cannot be one of {order.numel()}")
+    if scale.shape[0] != weight.shape[0] or columns % scale.shape[1]:
+        raise ValueError(f"scales {list(scale.shape)} do not fit a weight {list(weight.shape)}")
+    if block < 1:
+        raise ValueError(f"block must be positive, not {block}")
+
+    # Transposed: a column of the weight is then contiguous, and updates run along memory.
+    work = weight.float().T[order]
+    groups = (order // (columns // scale.shape[1])).int()
+    # Rows do not depend on each other. On a GPU splitting them would only add launches.
+    rows = _ROWS if weight.device.type == "cpu" else max(weight.shape[0], 1)
+    parts = [part.contiguous() for part in work.split(rows, 1)]
+    visited = [
+        _compensate(part, original, factor, level.T.contiguous(), groups, grid, block)
+        for part, original, level in zip(parts, weight.split(rows), scale.float().split(rows))
+    ]
+    codes, target = torch.empty_like(work, dtype=torch.int8), work
+    codes[order] = torch.cat([found for found, _ in visited], 1)
+    target[order] = torch.cat(parts, 1)
+    return GptqResult(codes.T.contiguous(), target.T.contiguous(), sum(loss for _, loss in visited))
+
+
+def _compensate(
+    work: Tensor,
+    weight: Tensor,
+    factor: HessianFactor,
+    scale: Tensor,
+    groups: Tensor,
+    grid: Grid,
+    block: int,
+) -> tuple[Tensor, float]:
+    """The loop of GPTQ on a weight [N, K], its copy `work` [K, N] in the order of visits (becomes the targets) and
+    `scale` [G, N]: codes [K, N], and their loss."""
+    columns = work.shape[0]
+    codes = torch.empty_like(work, dtype=torch.int8)
+    loss: float | Tensor = 0.0
+    for start in range(0, columns, block):
+        here = slice(start, min(start + block, columns))
+        part = _Block(
+            work[here],
+            weight[:, factor.order[here]].float().T.contiguous(),
+            factor.ratios[here, here],
+            scale,
+            groups[here],
+            factor.pivots[here],
+            factor.damping + factor.dead[here].double(),
+        )
+        errors, lost = part.round(codes[here], grid)
+        loss = loss + lost
+        work[here.stop :].addmm_(factor.ratios[here, here.stop :].T, errors)
+    return codes, max(float(loss), 0.0) * factor.mean
+
+
+@dataclass(frozen=True)
+class _Block:
+    """B columns of a weight, rounded before any later one is looked at.
+
+    Attributes:
+        work: float32 [B, N], the weights as they stand; they become the targets.
+        original: float32 [B, N], the weights as they were.
+        ratios: float32 [B, B].
+        scale: float32 [G, N].
+        groups: int32 [B], each column's row of `scale`.
+        pivots, added: float64 [B], what a target's and a weight's squared error add to and take off the loss.
+    """
+
+    work: Tensor
+    original: Tensor
+    ratios: Tensor
+    scale: Tensor
+    groups: Tensor
+    pivots: Tensor
+    added: Tensor
+
+    def round(self, codes: Tensor, grid: Grid) -> tuple[Tensor, float | Tensor]:
+        """Fill `codes` int8 [B, N]; gives the errors float32 [B, N] and the loss."""
+        found = native.gptq_block(
+            *(
+                self.work,
+                self.original,
+                self.ratios,
+                self.scale,
+                self.groups,
+                self.pivots,
+                self.added,
+            ),
+            *(codes, *grid.codes, grid.shift),
+        )
+        if found is not None:
+            return found
+        errors, levels = torch.empty_like(self.work), torch.empty_like(self.work)
+        for j, row in enumerate(self.groups.tolist()):
+            levels[j] = grid.nearest(self.work[j], self.scale[row])
+            errors[j] = self.original[j] - grid.value(levels[j], self.scale[row])
+            # addmm of one column, not addr: the BLAS knows when threads do not pay, addr always takes them.
+            self.work[j + 1 :].addmm_(self.ratios[j, j + 1 :, None], errors[j, None])
+        codes.copy_(levels)
+        missed = self.work - (self.original - errors)
+        # An error is that of the weight as it was, what is missed that of its target.
+        loss = self.pivots * missed.square().sum(1) - self.added * errors.square().sum(1)
+        return errors, loss.sum()
 
 
 def _finite(matrix: Tensor) -> bool:
@@ -177,26 +271,10 @@ def _reordered(hessian: Tensor, order: Tensor, alive: Tensor, mean: float) -> Te
     return matrix
 
 
-def _invert_lower(lower: Tensor) -> None:
-    """Invert a lower triangular matrix in place; by halves, so that most of the work is a matrix product."""
-    size = lower.shape[0]
-    if size <= _LEAF:
-        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-        return
-    half = size // 2
-    first, last, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
-    _invert_lower(first)
-    _invert_lower(last)
-    for columns in below.split(_CHUNK, 1):
-        columns.copy_(last @ columns)
-    for rows in below.split(_CHUNK):
-        rows.copy_(rows @ first).neg_()
-
-
-def _flipped_float(matrix: Tensor) -> Tensor:
-    """`matrix` [K, K] float64 with rows and columns reversed, float32 in the first half of the same memory."""
+def _ratios(matrix: Tensor) -> Tensor:
+    """M float32 [K, K] from the Cholesky factor float64 [K, K] of the reversed matrix, in the first half of its memory."""
     size = matrix.shape[0]
+    matrix.div_(matrix.diagonal().clone())
     for first in range(0, size // 2, _CHUNK):
         last = min(first + _CHUNK, size // 2)
         head, tail = matrix[first:last], matrix[size - last : size - first]

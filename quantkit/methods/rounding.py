@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.kernels.cpu import rounding as native
 from quantkit.methods.quest import half_step
 
 _TINY = torch.finfo(torch.bfloat16).tiny
@@ -40,9 +41,19 @@ class Grid:
             raise ValueError(f"bits must be {least} to 8, not {self.bits}")
 
     @property
+    def codes(self) -> tuple[int, int]:
+        """The least and the largest code."""
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    @property
+    def shift(self) -> float:
+        """From a code to its level, in units of the scale."""
+        return 0.5 if self.half else 0.0
+
+    @property
     def largest(self) -> float:
         """The largest positive level: 7 for INT4, 7.5 for the half grid at 4 bits."""
-        return 2 ** (self.bits - 1) - (0.5 if self.half else 1)
+        return self.codes[1] + self.shift
 
     def encode(self, x: Tensor, scale: Tensor) -> Tensor:
         """The nearest codes, int8, in the shape of `x`; `scale` broadcasts against it.
@@ -50,23 +61,25 @@ class Grid:
         Ties go to even on the integer grid and up on the half grid. Where the scale is not positive, and
         for NaN, the code is 0.
         """
-        return self._nearest(x, scale).to(torch.int8)
+        return self.nearest(x, scale).to(torch.int8)
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         """The values of `codes`, float32; `scale` broadcasts against them."""
-        return self._level(codes.float()) * scale.float()
+        return self.value(codes.float(), scale.float())
 
     def error(self, x: Tensor, scale: Tensor) -> Tensor:
         """Rounding errors x - decode(encode(x)), in floating point, in the shape of `x`."""
-        return x - self._level(self._nearest(x, scale)) * scale
+        return x - self.value(self.nearest(x, scale), scale)
 
-    def _nearest(self, x: Tensor, scale: Tensor) -> Tensor:
+    def nearest(self, x: Tensor, scale: Tensor) -> Tensor:
+        """As `encode`, the codes in floating point."""
         ratio = _wide(x) / torch.where(scale > 0, scale, torch.inf)
         codes = ratio.floor_() if self.half else ratio.round_()
-        return codes.clamp_(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1).nan_to_num_(0.0)
+        return codes.clamp_(*self.codes).nan_to_num_(0.0)
 
-    def _level(self, codes: Tensor) -> Tensor:
-        return codes + 0.5 if self.half else codes
+    def value(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """As `decode`, of codes in floating point."""
+        return (codes + self.shift if self.half else codes) * scale
 
 
 def group(weight: Tensor, group_size: int | None) -> Tensor:
@@ -122,9 +135,15 @@ def mse_scale(
     columns = weight.shape[1]
     if importance is not None and importance.shape != (columns,):
         raise ValueError(f"importance must have shape [{columns}], not {list(importance.shape)}")
-    weights = None if importance is None else group(importance.float()[None], group_size)
     # Two or three bits clip much harder: fewer levels, and the bulk of a group is far below its maximum.
     ratios = torch.linspace(1.0, 0.5, 26) if grid.bits >= 4 else torch.linspace(1.0, 0.2, 41)
+    if importance is not None:
+        importance = importance.float()
+    start = absmax_scale(weight, group_size, grid)
+    best = native.scale_search(weight.float(), start, importance, ratios, *grid.codes, grid.shift)
+    if best is not None:
+        return best
+    weights = None if importance is None else group(importance[None], group_size)
     chunk = max(1, _CHUNK // max(columns, 1))
     found = [
         _search(rows, group_size, grid, weights, ratios.tolist()) for rows in weight.split(chunk)

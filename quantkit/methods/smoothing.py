@@ -55,6 +55,7 @@ def search(
     weights: Sequence[Tensor],
     quantize_activation: Callable[[Tensor], Tensor],
     quantize_weight: Callable[[Tensor], Tensor],
+    products: torch.dtype = torch.float32,
 ) -> tuple[Tensor, list[float]]:
     """The factor with the least output error, weight and activation both quantized.
 
@@ -67,6 +68,7 @@ def search(
         weights: the linears' weights, each [N, K].
         quantize_activation: fake quantizer of rows [T, K].
         quantize_weight: fake quantizer of a weight [N, K].
+        products: the type in which matrices are multiplied.
 
     Returns:
         The best d, float32 [K], and the errors: the identity's first, then each candidate's.
@@ -82,15 +84,18 @@ def search(
         raise ValueError("a search needs at least one weight")
     x = x.float()
     wide = [weight.float() for weight in weights]
-    outputs = [x @ weight.T for weight in wide]
+
+    def product(rows: Tensor, weight: Tensor) -> Tensor:
+        return (rows.to(products) @ weight.to(products).T).float()
+
+    outputs = [product(x, weight) for weight in wide]
     factors = [torch.ones(columns, device=x.device), *(d.float() for d in candidates)]
     errors = []
     for d in factors:
-        rounded = quantize_activation(x / d).float()
-        products = (rounded @ quantize_weight(weight * d).float().T for weight in wide)
+        rounded = quantize_activation(x / d)
         total = sum(
-            float((output - product).square().sum(dtype=torch.float64))
-            for output, product in zip(outputs, products)
+            float((output - product(rounded, quantize_weight(weight * d))).square().sum())
+            for output, weight in zip(outputs, wide)
         )
         errors.append(total if math.isfinite(total) else math.inf)
     return factors[errors.index(min(errors))], errors

@@ -5,6 +5,7 @@ from quantkit.calibration.statistics import InputStatistics, KeyStatistics
 from quantkit.calibration.stream import observe
 from quantkit.methods.hadamard import rotate
 from quantkit.models.structure import find_structure
+from quantkit.ranks import ALONE
 
 
 def test_in_batches_as_at_once():
@@ -12,6 +13,7 @@ def test_in_batches_as_at_once():
     stats = InputStatistics(32, hessian=True, keep=30, batches=3, device=torch.device("cpu"))
     for part in x:
         stats.update(part)
+    stats.combine(ALONE)
     rows = x.reshape(-1, 32).double()
     assert stats.tokens == 150
     assert torch.equal(stats.absmax, x.reshape(-1, 32).abs().amax(0))
@@ -26,6 +28,7 @@ def test_the_hessian_goes_through_factor_and_rotation():
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
     stats = InputStatistics(64, hessian=True, keep=10, batches=1, device=torch.device("cpu"))
     stats.update(x)
+    stats.combine(ALONE)
     d = torch.linspace(0.5, 4, 64)
     changed = rotate(x / d, 32)
     assert torch.allclose(stats.hessian_after(d, 32), 2 * changed.T @ changed, rtol=1e-3, atol=1e-2)

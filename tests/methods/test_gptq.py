@@ -1,11 +1,20 @@
 import pytest
 import torch
+from quantkit.kernels.cpu import native
 
 from quantkit.methods import gptq as module
-from quantkit.methods.gptq import _inverse_factor, accumulate_hessian, gptq
+from quantkit.methods.gptq import accumulate_hessian, complete_hessian, factorize, gptq
 from quantkit.methods.rounding import Grid, absmax_scale, dequantize, gaussian_scale, quantize
 
 GRID = Grid(4)
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def way(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no native library on this machine")
 
 
 def problem(rows: int = 24, columns: int = 256, tokens: int = 600):
@@ -17,6 +26,10 @@ def problem(rows: int = 24, columns: int = 256, tokens: int = 600):
     )
     weight = torch.randn(rows, columns, generator=generator)
     return weight, x, 2 * x.T @ x
+
+
+def solve(weight, hessian, scale, grid, *, block=128, **settings):
+    return gptq(weight, factorize(hessian, **settings), scale, grid, block=block)
 
 
 def textbook(weight, hessian, scale, grid, damping, order):
@@ -50,7 +63,7 @@ def test_equals_the_textbook(grid: Grid, act_order: bool):
         else range(64)
     )
     want = textbook(weight, hessian, scale, grid, 0.01, order)
-    got = gptq(weight, hessian, scale, grid, act_order=act_order, block=24).codes
+    got = solve(weight, hessian, scale, grid, act_order=act_order, block=24).codes
     # A value that lies on a boundary may fall either way, and moves what follows it.
     assert float((got == want).float().mean()) > 0.995
 
@@ -63,7 +76,7 @@ def test_beats_rounding_on_correlated_inputs(group_size: int | None):
     def error(codes: torch.Tensor) -> float:
         return float((x @ (dequantize(codes, scale, GRID) - weight).T).square().sum())
 
-    assert error(gptq(weight, hessian, scale, GRID).codes) < 0.6 * error(
+    assert error(solve(weight, hessian, scale, GRID).codes) < 0.6 * error(
         quantize(weight, scale, GRID)
     )
 
@@ -71,7 +84,7 @@ def test_beats_rounding_on_correlated_inputs(group_size: int | None):
 def test_the_block_size_changes_nothing():
     weight, _, hessian = problem()
     scale = absmax_scale(weight, 128, GRID)
-    codes = [gptq(weight, hessian, scale, GRID, block=b).codes for b in (1, 100, 128, 1000)]
+    codes = [solve(weight, hessian, scale, GRID, block=b).codes for b in (1, 100, 128, 1000)]
     assert all(float((c == codes[0]).float().mean()) > 0.995 for c in codes)
 
 
@@ -79,9 +92,9 @@ def test_many_rows_are_rounded_as_each_alone():
     """Rows are worked on in parts; the last part is smaller."""
     weight, _, hessian = problem(rows=2100, columns=32)
     scale = absmax_scale(weight, 16, GRID)
-    codes = gptq(weight, hessian, scale, GRID, act_order=True).codes
+    codes = solve(weight, hessian, scale, GRID, act_order=True).codes
     for part in (slice(0, 30), slice(2040, 2100)):
-        alone = gptq(weight[part], hessian, scale[part], GRID, act_order=True).codes
+        alone = solve(weight[part], hessian, scale[part], GRID, act_order=True).codes
         assert float((codes[part] == alone).float().mean()) > 0.995
 
 
@@ -89,15 +102,15 @@ def test_inputs_are_left_alone_and_checked():
     weight, _, hessian = problem(columns=64)
     scale = absmax_scale(weight, 16, GRID)
     before = weight.clone(), hessian.clone(), scale.clone()
-    gptq(weight, hessian, scale, GRID)
-    gptq(weight, hessian, scale, GRID, act_order=True)
+    solve(weight, hessian, scale, GRID)
+    solve(weight, hessian, scale, GRID, act_order=True)
     assert all(torch.equal(a, b) for a, b in zip(before, (weight, hessian, scale)))
     with pytest.raises(ValueError, match="Hessian of 64 inputs"):
-        gptq(weight, hessian[:32], scale, GRID)
+        solve(weight, hessian[:32, :32], scale, GRID)
     with pytest.raises(ValueError, match="do not fit"):
-        gptq(weight, hessian, scale[:, :3], GRID)
+        solve(weight, hessian, scale[:, :3], GRID)
     with pytest.raises(ValueError, match="positive"):
-        gptq(weight, hessian, scale, GRID, damping=0.0)
+        solve(weight, hessian, scale, GRID, damping=0.0)
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])
@@ -105,7 +118,8 @@ def test_the_hessians_size_does_not_matter(size: float):
     weight, _, hessian = problem(columns=64)
     scale = absmax_scale(weight, 16, GRID)
     same = (
-        gptq(weight, hessian, scale, GRID).codes == gptq(weight, hessian * size, scale, GRID).codes
+        solve(weight, hessian, scale, GRID).codes
+        == solve(weight, hessian * size, scale, GRID).codes
     )
     assert float(same.float().mean()) > 0.995
 
@@ -114,8 +128,7 @@ def test_dead_inputs_are_rounded_plainly():
     weight, x, _ = problem()
     x[:, [3, 200]] = 0
     scale = absmax_scale(weight, 128, GRID)
-    result = gptq(weight, 2 * x.T @ x, scale, GRID)
-    assert not result.fell_back
+    result = solve(weight, 2 * x.T @ x, scale, GRID)
     assert torch.equal(result.codes[:, [3, 200]], quantize(weight, scale, GRID)[:, [3, 200]])
 
 
@@ -128,42 +141,53 @@ def test_a_hessian_that_cannot_be_used_is_no_crash(spoil: str):
         hessian = torch.zeros_like(hessian)
     else:
         hessian[0, 0] = float(spoil)
+    factor = factorize(hessian)
+    assert (factor is None) == (spoil != "zero")
+    if factor:
+        scale = absmax_scale(weight, 128, GRID)
+        found = gptq(weight, factor, scale, GRID)
+        assert torch.equal(found.codes, quantize(weight, scale, GRID))
+        assert found.loss == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_loss_is_that_of_the_errors(act_order: bool):
+    weight, x, _ = problem(rows=30)
+    x[:, [3, 200]] = 0
     scale = absmax_scale(weight, 128, GRID)
-    result = gptq(weight, hessian, scale, GRID)
-    assert result.fell_back == (spoil != "zero")
-    assert torch.equal(result.codes, quantize(weight, scale, GRID))
-
-
-def test_damping_grows_until_it_works():
-    weight, _, hessian = problem(columns=64)
-    values, vectors = torch.linalg.eigh(hessian)
-    values[0] = -0.05 * float(values.mean())
-    result = gptq(weight, vectors @ values.diag() @ vectors.T, absmax_scale(weight, 16, GRID), GRID)
-    assert not result.fell_back
-    assert result.damping == pytest.approx(0.1)
+    found = solve(weight, 2 * x.T @ x, scale, GRID, act_order=act_order)
+    errors = (weight - dequantize(found.codes, scale, GRID)).double()
+    assert found.loss == pytest.approx(2 * float((x.double() @ errors.T).square().sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize(("columns", "shift", "damping"), [(1100, 0.0, 0.01), (64, 0.05, 0.1)])
-def test_the_factor_is_that_of_the_damped_inverse(columns: int, shift: float, damping: float):
-    """Large enough to be inverted by halves; and indefinite until the damping has grown."""
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_factor_is_that_of_the_damped_hessian(
+    columns: int, shift: float, damping: float, act_order: bool
+):
+    """Also one that is indefinite until the damping has grown."""
     _, _, hessian = problem(columns=columns, tokens=2 * columns)
     identity = torch.eye(columns, dtype=torch.float64)
     values = torch.linalg.eigvalsh(hessian.double())
     hessian -= ((values[0] + shift * values.mean()) * identity).float() if shift else 0
-    factor, used = _inverse_factor(hessian, torch.arange(columns), 0.01)
-    assert used == pytest.approx(damping)
+    factor = factorize(hessian, act_order=act_order)
     assert factor is not None
-    assert torch.equal(factor, factor.triu())
-    mean = hessian.diagonal().double().mean()
-    damped = hessian.double() / mean + damping * identity
-    assert torch.allclose(factor.double().T @ factor.double() @ damped, identity, atol=1e-3)
+    assert factor.damping == pytest.approx(damping)
+    assert torch.equal(factor.ratios, factor.ratios.triu())
+    assert torch.equal(factor.ratios.diagonal(), torch.ones(columns))
+    ratios, pivots = factor.ratios.double(), factor.pivots.double()
+    damped = (hessian.double() / factor.mean + damping * identity)[factor.order][:, factor.order]
+    assert torch.allclose(ratios @ pivots.diag() @ ratios.T, damped, atol=1e-4)
 
 
-def test_a_hessian_in_parts_is_the_hessian():
-    _, x, hessian = problem()
+@pytest.mark.parametrize("columns", [96, 256, 600])
+def test_a_hessian_in_parts_is_the_hessian(columns: int):
+    _, x, _ = problem(columns=columns)
+    hessian = (2 * x.double().T @ x.double()).float()
     parts = torch.zeros_like(hessian)
     for part in x.split(171):
         accumulate_hessian(parts, part)
+    complete_hessian(parts)
     assert torch.allclose(parts, hessian, rtol=1e-4, atol=1e-2)
 
 
@@ -172,7 +196,7 @@ def test_a_hessian_in_parts_is_the_hessian():
 def test_codes_are_the_targets_nearest_levels(grid: Grid, act_order: bool):
     weight, _, hessian = problem(columns=64)
     scale = absmax_scale(weight, 16, grid)
-    result = gptq(weight, hessian, scale, grid, act_order=act_order)
+    result = solve(weight, hessian, scale, grid, act_order=act_order)
     assert torch.equal(quantize(result.target, scale, grid), result.codes)
     assert not torch.equal(result.target, weight)
 
@@ -181,13 +205,12 @@ def test_codes_are_the_targets_nearest_levels(grid: Grid, act_order: bool):
 def test_working_in_place_by_chunks_is_the_same(columns: int, monkeypatch: pytest.MonkeyPatch):
     _, _, hessian = problem(columns=columns)
     hessian[7], hessian[:, 7] = 0, 0
-    order = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
-    whole, _ = _inverse_factor(hessian, order, 0.01)
+    whole = factorize(hessian, act_order=True)
     monkeypatch.setattr(module, "_CHUNK", 48)
-    monkeypatch.setattr(module, "_LEAF", 32)
-    parts, _ = _inverse_factor(hessian, order, 0.01)
-    assert torch.equal(whole, whole.triu())
-    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
+    parts = factorize(hessian, act_order=True)
+    assert whole
+    assert parts
+    assert torch.equal(parts.ratios, whole.ratios)
 
 
 def test_the_factor_takes_little_more_than_one_matrix():
@@ -196,7 +219,7 @@ def test_the_factor_takes_little_more_than_one_matrix():
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as seen:
-        _inverse_factor(hessian, torch.arange(columns), 0.01)
+        factorize(hessian)
     held = peak = 0
     for event in seen.profiler.kineto_results.events():
         if event.name() == "[memory]":

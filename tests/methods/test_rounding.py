@@ -1,5 +1,6 @@
 import pytest
 import torch
+from quantkit.kernels.cpu import native
 
 from quantkit.methods.rounding import (
     Grid,
@@ -119,3 +120,24 @@ def test_stored_scales_are_bf16_and_positive():
     stored = store_bf16(torch.tensor([1.001, 1e-45, 3.4e38, 0.0]))
     assert torch.equal(stored, stored.bfloat16().float())
     assert torch.all((stored > 0) & torch.isfinite(stored))
+
+
+@pytest.mark.parametrize("importance", [False, True])
+@pytest.mark.parametrize("group_size", [20, 64, None])
+@pytest.mark.parametrize("grid", [Grid(3), Grid(4), Grid(4, half=True), Grid(8)], ids=str)
+def test_the_native_search_finds_what_torch_finds(grid, group_size, importance, monkeypatch):
+    if native.library() is None:
+        pytest.skip("no native library on this machine")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(7, 320, generator=generator) ** 3
+    weight[2] = 0
+    weight[3, 5] = torch.nan
+    weight[4, 6] = torch.inf
+    heed = torch.rand(320, generator=generator) if importance else None
+    found = mse_scale(weight, group_size, grid, heed)
+    monkeypatch.setattr(native, "library", lambda: None)
+    want = mse_scale(weight, group_size, grid, heed)
+    # Sums in another order may prefer the neighbouring ratio.
+    assert torch.equal(found.isnan(), want.isnan())
+    assert float((found.nan_to_num() == want.nan_to_num()).float().mean()) > 0.95
+    torch.testing.assert_close(found, want, rtol=0.05, atol=0, equal_nan=True)
