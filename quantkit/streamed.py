@@ -63,6 +63,7 @@ def streamed_logits(
         rows_of = names[id(embedding)]
     model.set_output_embeddings(_StreamedHead(head, rows_of, reader))
     embedding.weight = nn.Parameter(rows, requires_grad=False)
+    embedding.padding_idx = None  # it counts rows of the whole table
     reader.fill(model, "", skip={id(embedding)})
     logits: torch.Tensor = model(input_ids=place, use_cache=False).logits
     checkpoint.close()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 
 from quantkit import Recipe, load, quantize
-from quantkit.errors import InternalError
+from quantkit.errors import InternalError, QuantkitError
 from quantkit.formats.checkpoint import INDEX, Checkpoint
 from quantkit.recipe import recipe_names
 from quantkit.verify import verify
@@ -255,3 +255,13 @@ def test_a_rotated_model_is_the_model(tmp_path: Path, text: Path, tied: bool, sc
         got = load(tmp_path / "out", dtype=torch.float32)(ids, use_cache=False).logits
         want = load(source, dtype=torch.float32)(ids, use_cache=False).logits
     assert float((got - want).norm() / want.norm()) < 0.06  # otherwise above 1
+
+
+def test_a_tokenizer_that_says_nonsense_is_one_line(tiny, tmp_path: Path, text: Path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny(), source)
+    path = source / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": {}}))
+    with pytest.raises(QuantkitError, match="no usable tokenizer in it"):
+        quantize(str(source), "gptq", tmp_path / "out", calib=str(text), samples=4, seqlen=64)
+    assert not (tmp_path / "out").exists()

@@ -78,7 +78,7 @@ class ModelCheckpoint(Checkpoint):
     def file_name(self, name: str) -> str:
         """What a tensor of this name in the model is called in files."""
         module, _, kind = name.rpartition(".")
-        return f"{self.file_module(module)}.{kind}"
+        return f"{self.file_module(module)}.{kind}" if module else kind
 
     def file_module(self, module: str) -> str:
         return self._to_file.get(module, module)

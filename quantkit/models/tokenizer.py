@@ -14,9 +14,12 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         # False and not None: for None transformers asks on the terminal.
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=trust_remote_code
         )
+        # transformers compares with it when text is tokenized, whatever it is.
+        float(tokenizer.model_max_length)
+        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     # transformers raises many kinds for a missing or broken tokenizer; a panic of tokenizers' is no Exception

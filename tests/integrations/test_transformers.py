@@ -52,7 +52,11 @@ def test_importing_quantkit_imports_neither_torch_nor_transformers():
 
 @pytest.mark.parametrize(
     ("recipe", "model_type"),
-    [("fireq", "llama"), ("crossquant", "qwen2"), ("quest-hadamard", "qwen3"), ("int4", "mistral")],
+    [
+        *(("fireq", "llama"), ("crossquant", "qwen2"), ("quest-hadamard", "qwen3")),
+        *(("int4", "mistral"), ("kv4", "llama"), ("quest-hadamard-w4a4", "llama")),
+        ("quest-hadamard-w4a4kv4", "llama"),
+    ],
 )
 def test_it_is_what_load_gives(quantized, recipe: str, model_type: str):
     folder = quantized(recipe, model_type)

@@ -35,12 +35,15 @@ def logits(model) -> torch.Tensor:
     ("recipe", "settings", "per_linear", "per_logit"),
     [
         ("int4", (), 1e-5, 1e-4),
+        ("gptq", (), 1e-5, 1e-4),
+        ("gptq-refined", ("refine.steps=4",), 1e-5, 1e-4),
         # The last bit of a float32 sum can move an activation to the next FP8 number in one and not in the other.
         ("fireq", ("kv_cache=null",), 1e-5, 3e-2),
         # compressed-tensors divides a row's maximum by 127.5, we and vLLM by 127: other roundings, the same scheme.
         ("int8", (), 2e-2, 5e-2),
         ("crossquant", (), 2e-2, 5e-2),
         ("crossquant-w4a8", (), 2e-2, 5e-2),
+        ("crossquant-w4a4", (), 2e-1, 5e-1),
         ("quest-hadamard-offline", (), 2e-2, 5e-2),
         ("int4", ("weights.bits=2",), 1e-5, 1e-4),
         ("int4", ("weights.bits=3", "weights.group_size=32"), 1e-5, 1e-4),

@@ -70,6 +70,7 @@ def test_a_missing_prefix_and_tensors_of_no_module(tmp_path: Path):
     }
     extra = {
         "mtp.0.proj.weight": torch.randn(8, 8),
+        "logit_gain": torch.tensor([2.5]),
         "h.2.mlp.dense_h_to_4h.weight": torch.ones(4, 4),
     }
     save_file(tensors | extra, folder / MODEL, metadata={"format": "pt"})
