@@ -24,7 +24,7 @@ from quantkit.recipe import Recipe
 
 # Python with torch, transformers and what a run imports on the way; where the system does not say, the first alone.
 _LIBRARIES = 420 << 20
-_LATER_IMPORTS, _CALIBRATION_IMPORTS = 30 << 20, 80 << 20
+_LATER_IMPORTS, _CALIBRATION_IMPORTS = 60 << 20, 50 << 20
 # Rounding passes hold this many bytes per number of a piece.
 _ROUNDING = 32
 _PIECE = 1 << 21
