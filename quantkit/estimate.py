@@ -24,7 +24,7 @@ from quantkit.recipe import Recipe
 
 # Python with torch, transformers and what a run imports on the way; where the system does not say, the first alone.
 _LIBRARIES = 420 << 20
-_LATER_IMPORTS, _CALIBRATION_IMPORTS = 60 << 20, 50 << 20
+_LATER_IMPORTS = 110 << 20
 # Rounding passes hold this many bytes per number of a piece.
 _ROUNDING = 32
 _PIECE = 1 << 21
@@ -125,7 +125,6 @@ def estimate(
         work = _PIECE * _ROUNDING
         seconds = 2 * (checkpoint.bytes + output_bytes) / _BYTES_PER_SECOND
         return Estimate(base + max(work, verifying), 0, 0, output_bytes, seconds)
-    base += _CALIBRATION_IMPORTS
     tokens = samples * seqlen
     chains = 2 if getattr(recipe, "refine", None) else 1
     activations = tokens * width * 4 * chains
