@@ -3,8 +3,8 @@
     python benchmarks/kills.py --kills 50 --seed 0
 
 Every run is killed at a moment drawn over the time that an undisturbed run takes, four in five of them after the first
-file has been written; its output must be that run's byte for byte (the report but for its times), and what a kill leaves must not look whole. Results go to
-benchmarks/results/kills.json.
+file has been written; its output must be that run's byte for byte (the report but for its times), and what a kill
+leaves must not look whole. Results go to benchmarks/results/kills.json.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
             began = time.monotonic()
             while number % 5 and not out.exists() and process.poll() is None:
                 time.sleep(0.01)
-            moment = choice.uniform(0.0, 1.0) * max(0.1, seconds[recipe] - time.monotonic() + began)
+            moment = choice.random() * max(0.1, seconds[recipe] - time.monotonic() + began)
             time.sleep(moment)
             done = process.poll() is not None
             if not done:

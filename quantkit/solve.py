@@ -89,11 +89,12 @@ class Inputs:
         dtype = product_dtype(weight.device, bits)
         narrow, total = weight.to(dtype), 0.0
         for first in range(0, weight.shape[1], _STRIP):
-            last = first + _STRIP
+            strip = slice(first, first + _STRIP)
+            hessian = self.hessian[: strip.stop, strip].to(dtype)
             # H is symmetric: what lies left of the diagonal counts twice.
-            rows = self.hessian[:last, first:last].to(dtype)
-            rows[:first] *= 2
-            total += float((narrow[:, :last] @ rows).float().mul_(weight[:, first:last]).sum())
+            product = narrow[:, strip] @ hessian[first:]
+            product += 2 * (narrow[:, :first] @ hessian[:first])
+            total += float(product.float().mul_(weight[:, strip]).sum())
         return total
 
 
@@ -119,8 +120,7 @@ def solve(
         "scheme": str(scheme),
         "rounding": weights.rounding,
     } | size_figures(scheme, rows, columns)
-    loss = None
-    codes, target = None, weight
+    found = None
     if weights.rounding == "gptq":
         assert inputs
         factor = inputs.factor
@@ -133,17 +133,14 @@ def solve(
                 # GPTQ is no descent: what it chooses for better scales may be worse.
                 if again.loss < found.loss:
                     found, scale = again, fitted
-            codes, target, loss = found.codes, found.target, found.loss
-    if codes is None:
-        codes = rounding.quantize(weight, scale, grid)
+    codes = found.codes if found else rounding.quantize(weight, scale, grid)
     error = rounding.dequantize(codes, scale, grid) - weight
     figures["weight_error"] = float(error.square().sum() / weight.square().sum().clamp_min(1e-30))
     if inputs is not None:
-        if loss is None:
-            loss = float(((error @ inputs.hessian) * error).sum())
+        loss = found.loss if found else float(((error @ inputs.hessian) * error).sum())
         energy = inputs.energy(weight, scheme.weights.bits)
         figures["output_error"] = loss / max(energy, 1e-30)
-    return Solved(codes, scale, target), figures
+    return Solved(codes, scale, found.target if found else weight), figures
 
 
 def _fitted(

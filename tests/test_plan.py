@@ -29,6 +29,19 @@ def test_what_tensor_parallelism_would_cut(tiny):
     assert make_plan(str(tiny()), small).whole[2] == ""
 
 
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+def test_what_is_missing_outside_the_layers_is_said_first(tmp_path: Path, name: str):
+    """transformers would draw an output layer at random that the checkpoint neither has nor ties."""
+    model = save_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QuantkitError, match=f"tensor '{name}' is missing"):
+        make_plan(str(model), Recipe.load("int4"))
+
+
 def test_modules_add_up(tiny):
     plan = make_plan(str(tiny()), Recipe.load("fireq"))
     modules = plan.module_bytes().values()

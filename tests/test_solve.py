@@ -46,7 +46,10 @@ def test_errors_are_seen_through_the_inputs(bits: int, monkeypatch):
     scheme = Scheme(WeightFormat(bits, 32, "bf16"))
     for rounding in ("gptq", "nearest"):
         weights = recipe.weights.model_copy(update={"bits": bits, "rounding": rounding})
-        solved, figures = solve(weight, scheme, weights, GPTQ(), Inputs(2 * x.T @ x, GPTQ()))
+        inputs = Inputs(2 * x.T @ x, GPTQ())
+        solved, figures = solve(weight, scheme, weights, GPTQ(), inputs)
+        # The next linear that reads them finds them as they were.
+        assert torch.equal(inputs.hessian, 2 * x.T @ x)
         error = dequantize(solved.codes, solved.scale, Grid(bits)) - weight
         want = (x @ error.T).square().sum() / (x @ weight.T).square().sum()
         assert figures["output_error"] == pytest.approx(float(want), rel=2e-3)

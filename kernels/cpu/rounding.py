@@ -40,7 +40,7 @@ def gptq_block(
     """
     library = native.library()
     tensors = (work, original, scale, groups, pivots, added, codes)
-    if library is None or work.is_cuda or not all(t.is_contiguous() for t in tensors):
+    if library is None or work.device.type != "cpu" or not all(t.is_contiguous() for t in tensors):
         return None
     errors, loss = torch.empty_like(work), ctypes.c_double()
     failed = library.quantkit_gptq_block(
@@ -76,7 +76,7 @@ def scale_search(
         float32 [N, G].
     """
     library = native.library()
-    if library is None or weight.is_cuda or weight.dtype != torch.float32:
+    if library is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
     weight, best = weight.contiguous(), start.contiguous().clone()
     importance = None if importance is None else importance.contiguous()

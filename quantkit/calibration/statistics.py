@@ -13,7 +13,7 @@ class InputStatistics:
     """Statistics of one input [tokens, K] of a layer, shared by all linears that read it.
 
     Attributes:
-        absmax, mean_abs, rms: float32 [K].
+        absmax, mean_abs, rms: float32 [K]; rms after `combine`.
         hessian: float32 [K, K], 2 X^T X summed over tokens, or None if it is not needed; whole after `combine`.
         rows: up to `keep` of the tokens seen, spread evenly over all batches, float32.
     """

@@ -98,8 +98,8 @@ class QuantkitQuantizer(HfQuantizer):
     ) -> None:
         from quantkit.formats.checkpoint import Checkpoint
         from quantkit.models.experts import unstack_experts
-        from quantkit.models.files import ModelCheckpoint, in_model_names
-        from quantkit.runtime.load import check_complete, replace_linears
+        from quantkit.models.files import ModelCheckpoint, check_complete, in_model_names
+        from quantkit.runtime.load import replace_linears
 
         if not checkpoint_files:
             raise QuantkitError(

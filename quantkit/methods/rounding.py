@@ -146,20 +146,21 @@ def mse_scale(
     weights = None if importance is None else group(importance[None], group_size)
     chunk = max(1, _CHUNK // max(columns, 1))
     found = [
-        _search(rows, group_size, grid, weights, ratios.tolist()) for rows in weight.split(chunk)
+        _search(rows, first, group_size, grid, weights, ratios.tolist())
+        for rows, first in zip(weight.split(chunk), start.split(chunk))
     ]
     return torch.cat(found)
 
 
 def _search(
     weight: Tensor,
+    start: Tensor,
     group_size: int | None,
     grid: Grid,
     importance: Tensor | None,
     ratios: list[float],
 ) -> Tensor:
     groups = group(weight, group_size).float()
-    start = absmax_scale(weight, group_size, grid)
     best = start.clone()
     least = torch.full_like(start, torch.inf)
     for ratio in ratios:

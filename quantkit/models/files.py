@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import TORCH_DTYPES, Checkpoint, TensorInfo
 from quantkit.formats.config import QuantizationInfo
 from quantkit.models.experts import LinearExperts
@@ -117,6 +118,25 @@ class ModelCheckpoint(Checkpoint):
             yield self.read(name).reshape(-1).view(torch.uint8)
         else:
             yield from super().raw(name, size)
+
+
+def check_complete(model: Any, checkpoint: Checkpoint) -> None:
+    """Every parameter and stored buffer of a model has its tensor in the file, in its shape; from headers alone.
+
+    Raises:
+        QuantkitError: one is missing, or of another shape.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    for name, empty in model.state_dict(keep_vars=True).items():
+        found = checkpoint.tensors.get(name)
+        if found is None and name not in tied:
+            raise QuantkitError(
+                f"{checkpoint.path}: tensor {name!r} is missing; the checkpoint is not complete"
+            )
+        if found is not None and found.shape != tuple(empty.shape):
+            raise QuantkitError(
+                f"{checkpoint.path}: tensor {name!r} is {list(found.shape)}, config.json implies {list(empty.shape)}"
+            )
 
 
 class _Naming:

@@ -14,7 +14,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.config import KV_FILE, QuantizationInfo, parse_quantization_config
 from quantkit.formats.packed import expected_tensors
-from quantkit.models.files import ModelCheckpoint, in_model_names
+from quantkit.models.files import ModelCheckpoint, check_complete, in_model_names
 from quantkit.models.names import find_model
 from quantkit.models.sizes import check_sizes
 from quantkit.models.structure import build_skeleton, load_config
@@ -142,25 +142,6 @@ def replace_linears(model: nn.Module, checkpoint: Checkpoint, info: Quantization
             linear.in_features, linear.out_features, linear.bias is not None, scheme
         )
         setattr(model.get_submodule(parent), child, packed)
-
-
-def check_complete(model: Any, checkpoint: Checkpoint) -> None:
-    """Every parameter and stored buffer of a model has its tensor in the file, in its shape; from headers alone.
-
-    Raises:
-        QuantkitError: one is missing, or of another shape.
-    """
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    for name, empty in model.state_dict(keep_vars=True).items():
-        found = checkpoint.tensors.get(name)
-        if found is None and name not in tied:
-            raise QuantkitError(
-                f"{checkpoint.path}: tensor {name!r} is missing; the checkpoint is not complete"
-            )
-        if found is not None and found.shape != tuple(empty.shape):
-            raise QuantkitError(
-                f"{checkpoint.path}: {name} is {list(found.shape)}, {list(empty.shape)} is expected"
-            )
 
 
 def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:

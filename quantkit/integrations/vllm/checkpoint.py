@@ -107,9 +107,9 @@ def _check_model(checkpoint: Checkpoint, info: QuantizationInfo) -> bool:
     from transformers import AutoModelForCausalLM
 
     from quantkit.models.experts import unstack_experts
-    from quantkit.models.files import ModelCheckpoint, in_model_names
+    from quantkit.models.files import ModelCheckpoint, check_complete, in_model_names
     from quantkit.models.structure import load_config
-    from quantkit.runtime.load import check_complete, replace_linears
+    from quantkit.runtime.load import replace_linears
 
     try:
         config = load_config(checkpoint.config, str(checkpoint.path))
