@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -72,7 +73,9 @@ def main() -> None:
             seconds[recipe] = time.monotonic() - begun
             whole[recipe] = contents(Path(name) / recipe)
         print({r: round(s, 1) for r, s in seconds.items()}, "seconds undisturbed", flush=True)
-        for number in range(arguments.kills):
+        for number in itertools.count():
+            if killed == arguments.kills:
+                break
             recipe, out = RECIPES[number % len(RECIPES)], Path(name) / "out"
             process = start(recipe, out)
             began = time.monotonic()
@@ -102,7 +105,7 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
             if number % 10 == 9:
                 print(f"{number + 1} runs, {killed} killed, {len(faults)} faults", flush=True)
-    summary = {"runs": arguments.kills, "killed": killed, "before_anything_was_written": early,
+    summary = {"runs": number, "killed": killed, "before_anything_was_written": early,
                "seed": arguments.seed, "faults": faults}  # fmt: skip
     print(summary)
     RESULTS.parent.mkdir(exist_ok=True)

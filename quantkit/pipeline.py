@@ -27,7 +27,7 @@ from quantkit.errors import QuantkitError
 from quantkit.estimate import check_disk, choose_offload
 from quantkit.finish import RECIPE_FILE, Progress, complete, summary
 from quantkit.formats.packed import packed_tensors
-from quantkit.formats.writer import OutputFolder
+from quantkit.formats.writer import OutputFolder, clear_up
 from quantkit.layer import QuantizedLayer, quantize_layer
 from quantkit.models.groups import LayerStructure
 from quantkit.models.tokenizer import load_tokenizer
@@ -137,6 +137,7 @@ def quantize(
         return _calibration(plan, calib, samples, seqlen, seed, trust_remote_code)
 
     def unchanged() -> dict[str, Any] | None:
+        clear_up(path)
         earlier = None if overwrite else finished_report(path)
         if earlier is None:
             return None

@@ -8,6 +8,7 @@ import pytest
 
 from quantkit import quantize
 from quantkit.errors import QuantkitError
+from quantkit.formats import writer
 from quantkit.formats.writer import UNFINISHED
 
 SETTINGS = {"samples": 8, "seqlen": 64}
@@ -160,3 +161,25 @@ def test_killed_while_moving_into_place(tiny, tmp_path: Path, monkeypatch, moved
     quantize(str(tiny()), "int4", out, overwrite=True)
     quantize(str(tiny()), "int4", tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_killed_while_clearing_up(tiny, tmp_path: Path, monkeypatch):
+    """The output is whole by then: the next start says so, and clears up the rest."""
+    out, work = tmp_path / "out", tmp_path / "out" / UNFINISHED
+    with monkeypatch.context() as patched:
+        # Whatever else is gone when the end comes, the state is gone before it.
+        patched.setattr(writer.shutil, "rmtree", lambda *_, **__: None)
+        quantize(str(tiny()), "int4", out)
+    assert work.is_dir()
+    assert not (work / "state.json").exists()
+    assert quantize(str(tiny()), "int4", out)["unchanged"]
+    assert not work.exists()
+
+
+def test_what_is_being_replaced_is_not_cleared_up(tiny, tmp_path: Path):
+    out = tmp_path / "out"
+    quantize(str(tiny()), "int4", out)
+    with writer.OutputFolder(out, overwrite=True):
+        with pytest.raises(QuantkitError, match="exists already"):
+            quantize(str(tiny()), "int4", out)
+        assert (out / UNFINISHED / "lock").exists()

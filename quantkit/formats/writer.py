@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,6 +62,19 @@ def is_ours(folder: Path) -> bool:
         return False
     quantization = config.get("quantization_config")
     return isinstance(quantization, dict) and "quantkit" in quantization
+
+
+def clear_up(folder: Path) -> None:
+    """Remove what a run that was killed while it cleared up left beside its finished output; of no other run anything."""
+    work = folder / UNFINISHED
+    if not (folder / "config.json").is_file() or not work.is_dir() or (work / _STATE).exists():
+        return
+    with writing(work), (work / "lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # somebody has just begun to replace the output
+        shutil.rmtree(work)
 
 
 def sha256(path: Path) -> str:
@@ -199,6 +212,9 @@ class OutputFolder:
             or not self._can_go_on
             or (bad_input and started and kind is not WriteError)
         ):
+            with suppress(OSError):
+                # The state first: killed in the middle, what speaks of the rest is gone.
+                (self.work / _STATE).unlink(missing_ok=True)
             shutil.rmtree(self.work, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
