@@ -126,7 +126,7 @@ def test_the_whole_job_with_refinement(
 ):
     # As refinement has it: what it starts from is then what there is without it.
     monkeypatch.setattr(pipeline, "product_dtype", lambda device, bits: torch.float32)
-    settings = ['refine={"steps": 8}', "calibration={samples: 8, seqlen: 64}"]
+    settings = ['refine={"steps": 24}', "calibration={samples: 8, seqlen: 64}"]
     for name, more in (("plain", ["refine=null"]), ("a", []), ("b", [])):
         report = quantize(
             str(tiny(kind)), recipe, tmp_path / name, calib=str(text), overrides=[*settings, *more]
