@@ -24,6 +24,7 @@ _SOURCES = (
     "hadamard.cpp",
     "int4_linear.cpp",
     "int4_pack.cpp",
+    "int4_tiles.cpp",
     "int4_vnni.cpp",
     "int8_linear.cpp",
     "int8_vnni.cpp",
@@ -45,6 +46,7 @@ _FLAGS = [
     "-mavx512dq",
     "-mavx512bf16",
     "-mavx512vnni",
+    "-mavx512vbmi",
     "-mfma",
 ]
 _LOG = logging.getLogger("quantkit")

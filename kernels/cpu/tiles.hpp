@@ -3,6 +3,7 @@
 #pragma once
 
 #include <immintrin.h>
+#include <sys/mman.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -31,10 +32,16 @@ QUANTKIT_AMX inline void configure_tiles() {
 
 QUANTKIT_AMX inline void release_tiles() { _tile_release(); }
 
+// Memory that starts at a line of the cache; much of it in large pages, which panels far apart need.
 template <typename T>
 T* scratch(int64_t count) {
-    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64));
+    constexpr int64_t kLine = 64, kLarge = 2 << 20;
+    const int64_t wanted = count * static_cast<int64_t>(sizeof(T));
+    const int64_t unit = wanted < kLarge ? kLine : kLarge;
+    const int64_t bytes = (wanted + unit - 1) / unit * unit;
+    void* memory = std::aligned_alloc(unit, bytes ? bytes : unit);
+    if (memory && unit == kLarge) madvise(memory, bytes, MADV_HUGEPAGE);
+    return static_cast<T*>(memory);
 }
 
 }  // namespace

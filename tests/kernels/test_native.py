@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -25,6 +26,7 @@ INT4_SHAPES = [
     *((m, 64, 2304, 256) for m in (1, 20, 300)),
     *((m, 1216, 1280, 128) for m in (1, 7)),
     *((9, 64, 128, group) for group in (32, 64, 128)),
+    *((81, 192, 1792, group) for group in (32, 64, 256)),
     (6, 64, 1536, 1536),
 ]
 INT8_SHAPES = [
@@ -51,6 +53,14 @@ def _codes(kind: str, m: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         return x, x.double()
     x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
     return x, x.double() + (0.5 if kind == "half" else 0.0)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="no AVX-512-BF16")
+def test_the_library_is_there_where_it_can_be() -> None:
+    """What does not compile would skip the other tests."""
+    assert native.level() > 0
+    assert (native.level() == 2) == torch.cpu._is_amx_tile_supported()
 
 
 @needs_library
@@ -96,12 +106,15 @@ def test_every_thread_count_gives_the_same(int4_weight) -> None:
     repacked = int4pack.repack(weight.packed, weight.scale)
     assert repacked is not None
     x = torch.randn(300, 2304).bfloat16()
-    torch.set_num_threads(1)
-    expected = linear.int4(x, *repacked, None, None, torch.float32)
-    for threads in (2, 3):
-        torch.set_num_threads(threads)
-        for _ in range(10):
-            assert torch.equal(linear.int4(x, *repacked, None, None, torch.float32), expected)
+    codes = x.clamp(-4, 4).mul(30).to(torch.int8)
+    # With AMX: exact sums of bf16, scaled weights, bytes.
+    for rows, dtype in ((x, torch.float32), (x, torch.bfloat16), (codes, torch.float32)):
+        torch.set_num_threads(1)
+        expected = linear.int4(rows, *repacked, None, None, dtype)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            for _ in range(10):
+                assert torch.equal(linear.int4(rows, *repacked, None, None, dtype), expected)
 
 
 @needs_library
