@@ -1,7 +1,7 @@
 """Compile the C++ beside this file once per machine and call it.
 
 torch has no fast product of INT4 weights with more than a few rows on a CPU. Where a C++ compiler and
-an AVX-512-BF16 processor are there, ours is compiled at its first use (about a second) and kept in
+a processor with AVX-512-BF16 and VBMI are there, ours is compiled at its first use (some seconds) and kept in
 `$QUANTKIT_CACHE` (default `~/.cache/quantkit`) under a hash of the source, the flags and the compiler.
 Elsewhere, and with `QUANTKIT_NATIVE=0`, callers get None and take torch's own ops.
 """
@@ -16,7 +16,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 
 ENV = "QUANTKIT_NATIVE"
@@ -37,7 +38,6 @@ _FLAGS = [
     "-O3",
     "-std=c++17",
     "-fopenmp",
-    "-shared",
     "-fPIC",
     "-w",
     "-mavx512f",
@@ -49,6 +49,7 @@ _FLAGS = [
     "-mavx512vbmi",
     "-mfma",
 ]
+_LINK = ["-shared", "-fopenmp"]
 _LOG = logging.getLogger("quantkit")
 
 POINTER, INT, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -144,7 +145,7 @@ def level() -> int:
 def _compiled(compiler: str) -> Path:
     sources = [Path(__file__).with_name(name) for name in _SOURCES]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    digest = hashlib.sha256(" ".join([*_FLAGS, version.stdout]).encode())
+    digest = hashlib.sha256(" ".join([*_FLAGS, *_LINK, version.stdout]).encode())
     for source in sorted(Path(__file__).parent.glob("*.[ch]pp")):
         digest.update(source.read_bytes())
     target = cache_folder() / "native" / f"cpu-{digest.hexdigest()[:16]}.so"
@@ -154,7 +155,17 @@ def _compiled(compiler: str) -> Path:
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
-        command = [compiler, *_FLAGS, *map(str, sources), "-o", str(built)]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        objects = [Path(folder) / source.with_suffix(".o").name for source in sources]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(partial(_compile, compiler), sources, objects))
+        _run([compiler, *_LINK, *map(str, objects), "-o", str(built)])
         os.replace(built, target)
     return target
+
+
+def _compile(compiler: str, source: Path, target: Path) -> None:
+    _run([compiler, *_FLAGS, "-c", str(source), "-o", str(target)])
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)

@@ -108,13 +108,13 @@ def test_every_thread_count_gives_the_same(int4_weight) -> None:
     x = torch.randn(300, 2304).bfloat16()
     codes = x.clamp(-4, 4).mul(30).to(torch.int8)
     # With AMX: exact sums of bf16, scaled weights, bytes.
-    for rows, dtype in ((x, torch.float32), (x, torch.bfloat16), (codes, torch.float32)):
+    for inputs, dtype in ((x, torch.float32), (x, torch.bfloat16), (codes, torch.float32)):
         torch.set_num_threads(1)
-        expected = linear.int4(rows, *repacked, None, None, dtype)
+        expected = linear.int4(inputs, *repacked, None, None, dtype)
         for threads in (2, 3):
             torch.set_num_threads(threads)
             for _ in range(10):
-                assert torch.equal(linear.int4(rows, *repacked, None, None, dtype), expected)
+                assert torch.equal(linear.int4(inputs, *repacked, None, None, dtype), expected)
 
 
 @needs_library
