@@ -321,8 +321,10 @@ bool multiply(const Int4Problem& p, int threads, bool scaled) {
         const int64_t expanded = (few ? 1 : work.slab_groups) * p.group / kStep<kBytes>;
         Scratch own{scratch<char>(expanded * 4 * kTile), scratch<char>(9 * kTile), {}};
         const bool mine = complete && own.tiles && own.sums;
+        // Rows that few tiles leave alone are added too: denormals there would be slow.
+        if (mine) std::memset(own.sums, 0, 9 * kTile);
         own.rest();
-        configure_tiles();
+        configure_tiles(p.m < kPanel ? p.m : kPanel);
 #pragma omp for schedule(static)
         for (int64_t panel = 0; panel < panels; ++panel)
             if (mine) pack_panel<kBytes>(work, panel, packed);

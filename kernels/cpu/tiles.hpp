@@ -18,12 +18,13 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {};
 };
 
-// For the calling thread; the state is its own, so every parallel region configures and releases.
-QUANTKIT_AMX inline void configure_tiles() {
+// For the calling thread; the state is its own, so every parallel region configures and releases. Tiles 0 to 5, sums and
+// A, have `rows` rows: a product takes a cycle for each.
+QUANTKIT_AMX inline void configure_tiles(int64_t rows = 16) {
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) {
         config.bytes[tile] = 64;
-        config.rows[tile] = 16;
+        config.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : 16);
     }
     // The intrinsic reads 64 bytes, but GCC is told of eight and would drop the other stores.
     __asm__ volatile("" : : "r"(&config) : "memory");
