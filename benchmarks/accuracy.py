@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py --peers-python /path/to/env/bin/python [--peers-python ...] [MODEL...]
     python benchmarks/accuracy.py --only '*w4a16*' --only int4         some of them, added to what is there
     python benchmarks/accuracy.py --seconds-only                       time and memory again, accuracy as it is
+    python benchmarks/accuracy.py --accuracy-only --seeds 0,1,2        the other way round: beside other work
     python benchmarks/accuracy.py --seconds-only random-1b --samples 4 of a generated model
     python benchmarks/accuracy.py --table                              what is there, as Markdown
 
@@ -66,6 +67,8 @@ PEERS: dict[str, tuple[str, list[str]]] = {
     "run_hqq.py": ("hqq", ["hqq-g128:w4a16", "hqq-g64:w4a16"]),
     "run_quanto.py": ("optimum-quanto", ["quanto:w4a16", "quanto-static:w8a8"]),
 }
+# What other work on the machine changes.
+COSTS = ("seconds", "wall_seconds", "peak_bytes")
 Command = Callable[[Path, Path, Path, int], list[str]]
 
 
@@ -314,10 +317,10 @@ def table(path: Path) -> str:
 
     for (form, name), ways in sorted(groups.items(), key=order):
         cells = [_loss_cell(ways[m]) if m in ways else "" for m in models]
-        first = ways.get(models[0]) or next(iter(ways.values()))
-        seconds = min(row["seconds"] for row in first)
-        peak = min(row["peak_bytes"] for row in first) / 1e9
-        lines.append(f"| {form} | {name} | {' | '.join(cells)} | {seconds:.1f} | {peak:.2f} |")
+        first = [row for row in ways.get(models[0], []) if "seconds" in row]
+        seconds = f"{min(row['seconds'] for row in first):.1f}" if first else ""
+        peak = f"{min(row['peak_bytes'] for row in first) / 1e9:.2f}" if first else ""
+        lines.append(f"| {form} | {name} | {' | '.join(cells)} | {seconds} | {peak} |")
     return "\n".join(lines)
 
 
@@ -343,6 +346,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=SAMPLES, help="blocks of calibration data")
     parser.add_argument("--no-outliers", action="store_true", help="the models as they are alone")
     parser.add_argument("--seconds-only", action="store_true", help="do not measure accuracy")
+    parser.add_argument("--accuracy-only", action="store_true", help="keep no time and no memory")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print what is there")
     args = parser.parse_args()
@@ -367,9 +371,12 @@ def measure_all(bench: Bench, jobs: list[Job], args: argparse.Namespace) -> None
             except (RuntimeError, QuantkitError, OSError, ValueError, KeyError) as error:
                 print(f"{bench.name}: {job.name} failed: {error}", file=sys.stderr, flush=True)
                 continue
+            seconds = row["seconds"]
+            if args.accuracy_only:
+                row = {key: value for key, value in row.items() if key not in COSTS}
             keep(args.output, row)
             loss = f"{100 * (row['ratio'] - 1):.3f} %" if "ratio" in row else ""
-            print(f"{bench.name}: {job.name}: {loss} {row['seconds']:.1f} s", flush=True)
+            print(f"{bench.name}: {job.name}: {loss} {seconds:.1f} s", flush=True)
 
 
 if __name__ == "__main__":
