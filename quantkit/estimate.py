@@ -25,9 +25,10 @@ from quantkit.recipe import Recipe
 # Python with torch, transformers and what a run imports on the way; where the system does not say, the first alone.
 _LIBRARIES = 420 << 20
 _LATER_IMPORTS = 110 << 20
+_LATER_IMPORTS_PLAIN = 45 << 20
 # Rounding passes hold this many bytes per number of a piece.
 _ROUNDING = 32
-_PIECE = 1 << 21
+_PIECE = 1 << 19
 _TOKENS_PER_BATCH = 4096
 _HEAD_ROWS = 8192
 _SANITY_TOKENS = 128
@@ -114,7 +115,8 @@ def estimate(
     seqlen: int,
 ) -> Estimate:
     """The estimate of a run; samples and seqlen matter for recipes that calibrate."""
-    base = (memory.resident() or _LIBRARIES) + _LATER_IMPORTS
+    base = memory.resident() or _LIBRARIES
+    base += _LATER_IMPORTS if recipe.needs_calibration else _LATER_IMPORTS_PLAIN
     width = _width(structure)
     # Verification: a packed layer while its largest linear is repacked; then a piece of the output layer and the logits.
     sizes = [_packed_bytes(structure, schemes, n) for n in range(structure.num_layers)]

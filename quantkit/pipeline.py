@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from quantkit import memory
 from quantkit.allocation.allocate import (
     SAMPLES,
     allocate,
@@ -185,9 +186,12 @@ def _quantize_layers(
     ranks: Ranks,
 ) -> None:
     """All decoder layers that are not finished yet."""
+    plainly = rounds_plainly(plan)
+    if plainly:
+        memory.fix_thresholds()
     if state.done == plan.structure.num_layers:
         return
-    if rounds_plainly(plan):
+    if plainly:
         # As fast as the disk: one process is enough.
         if folder:
             with ranks.leader_works():

@@ -17,8 +17,9 @@ from quantkit.plan import Plan
 from quantkit.recipe import Weights
 from quantkit.solve import size_figures, weight_scale
 
-# Numbers rounded at a time: enough for every core, few enough for the passes over them to stay in the cache.
-ELEMENTS = 1 << 21
+# Numbers rounded at a time: enough for every core, few enough for the passes over them to stay in the cache, and for
+# malloc to use the same memory again (`memory.fix_thresholds`).
+ELEMENTS = 1 << 19
 
 
 def rounds_plainly(plan: Plan) -> bool:

@@ -89,14 +89,7 @@ print(json.dumps([planned, memory.peak()]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        # From 600 to 710 MB on the same model, with what else the machine does.
-        pytest.param("int4", marks=pytest.mark.xfail(reason="the peak of plain rounding varies")),
-        "fireq",
-    ],
-)
+@pytest.mark.parametrize("recipe", ["int4", "fireq"])
 @pytest.mark.parametrize("hidden", [1024, 2048])
 def test_the_peak_is_as_planned(tmp_path: Path, text: Path, recipe: str, hidden: int):
     """The kernel's own record of a process that plans and quantizes."""

@@ -272,9 +272,8 @@ int quantkit_int4_linear(const void* x, int64_t row_bytes, int kind, const void*
                          int threads, int level) {
     Int4Problem p{x,    row_bytes, kind, static_cast<const uint8_t*>(weight), static_cast<const bf16*>(scales),
               half != 0, row_scale, bias, out, out_float != 0, m, n, k, group};
-    // With tiles two rows already pay for expanding the weight into the cache, and in bytes one does.
-    const int64_t in_registers = level < 2 ? 4 : kind < kInt8 ? 1 : 0;
-    if (m <= in_registers) return few(p, threads) ? 0 : 1;
+    // With tiles two rows already pay for expanding the weight into the cache.
+    if (m <= (level == 2 ? 1 : 4)) return few(p, threads) ? 0 : 1;
     // INT8 by INT4 in bytes is twice as fast as in bf16.
     Int4Linear run = kind >= kInt8 ? int4_vnni : many;
     if (level == 2 && int4_tiles(p)) run = int4_tiles(p);
