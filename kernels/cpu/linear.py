@@ -25,6 +25,9 @@ def int4(
 ) -> torch.Tensor | None:
     """row_scale * (x @ w^T) + bias -> [..., N], with float32 sums; None where it cannot be had.
 
+    Scales are applied to the sums of groups. With AMX, bf16 results of more than 64 rows of bf16 or e4m3 are of weights
+    rounded to bf16 instead: 2^-9 a weight.
+
     Args:
         x: [..., K] bf16, e4m3 or int8; int8 is n + 1/2 where `half`.
         weight: uint8 [N, K / 2] from `int4pack.repack`.
