@@ -215,15 +215,18 @@ class Bench:
             row["versions"] = peer["versions"]
         return row if seconds_only else row | self.accuracy(out, tokens[0])
 
-    @torch.no_grad()
-    def accuracy(self, out: Path, block: torch.Tensor) -> dict[str, Any]:
-        model = load_result(out)
+    def compare(self, model: Any) -> dict[str, Any]:
+        """Divergence from the original and both perplexities, on the held-out windows."""
         windows = compare_windows(model, self.original, self.windows)
-        result = full_divergence_of(windows, SEQLEN).to_dict()
-        result |= {
+        return full_divergence_of(windows, SEQLEN).to_dict() | {
             "ppl": perplexity_of(windows.losses, SEQLEN).ppl,
             "original_ppl": perplexity_of(windows.original_losses, SEQLEN).ppl,
         }
+
+    @torch.no_grad()
+    def accuracy(self, out: Path, block: torch.Tensor) -> dict[str, Any]:
+        model = load_result(out)
+        result = self.compare(model)
         if (out / "peer.json").is_file():
             # The peer's own model, in bf16, and its simulation here must agree on a block.
             here = mean_loss(model(block[None], use_cache=False).logits[0, :-1], block)
