@@ -2,7 +2,7 @@
 
     QUANTKIT_VLLM_PYTHON=/path/to/vllm/bin/python python benchmarks/vllm_serving.py [part...]
 
-Parts: agree, stock, float32, clients, broken, parallel, soak (all of them, if none is named). The
+Parts: agree, stock, float32, clients, experts, broken, parallel, soak (all of them, if none is named). The
 interpreter named is that of an environment with vLLM and quantkit; this script runs in quantkit's own.
 Exits with 1 where a bar is missed. `-o FILE` puts what was found into a JSON file, beside what is there.
 """
@@ -193,6 +193,42 @@ def _change(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(config))
 
 
+def experts(run: Run) -> None:
+    """A random mixture of experts: vLLM's kernels for its experts where it has them, else a line that refuses."""
+    source = run.work / "experts"
+    _random_experts(source)
+    for recipe, served in {"int4": True, "crossquant": True, "crossquant-w4a8": False}.items():
+        folder = run.work / f"experts-{recipe}"
+        quantize(str(source), recipe, folder, overwrite=True)
+        with Server(folder) as server:
+            ready = server.ready()
+            run.demand(ready == served, f"experts, {recipe}: started is {served}")
+            if ready:
+                found = compare(server.scores(run.texts), model_scores(load(folder), run.texts))
+                run.note("experts", recipe, load=found)
+                bar = ACTIVATION_BAR  # vLLM's CPU kernel rounds the inputs of INT4 experts too
+                run.demand(found["difference"] <= bar, f"experts, {recipe}: {found} <= {bar}")
+            else:
+                lines = [line for line in server.output().splitlines() if "not served" in line]
+                run.note("experts", recipe, line=lines[-1][-200:] if lines else None)
+                run.demand(bool(lines), f"experts, {recipe}: a line says that it is not served")
+
+
+def _random_experts(folder: Path) -> None:
+    """A Qwen3-MoE of two layers with the bundled model's vocabulary."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    tokenizer = load_tokenizer(bundled_path())
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=128, max_position_embeddings=1024,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def broken(run: Run) -> None:
     """A broken checkpoint ends the server with one line that says what is wrong."""
     layer = "model.layers.1"
@@ -278,8 +314,9 @@ def soak(run: Run) -> None:
 
 
 PARTS = {
-    part.__name__: part for part in (agree, float32, stock, clients, broken, parallel, soak)
-}  # fmt: skip
+    part.__name__: part
+    for part in (agree, float32, stock, clients, experts, broken, parallel, soak)
+}
 
 
 def main() -> int:

@@ -74,7 +74,11 @@ def who_serves(schemes: dict[str, Scheme], kv_cache: KVFormat | None) -> dict[st
 
 def _has_byte_experts(schemes: dict[str, Scheme]) -> bool:
     """transformers 5.23 stacks experts from packed and from FP8 files, not from INT8 ones."""
-    return any(".experts." in name and not s.packs for name, s in schemes.items())
+    return any(not scheme.packs for scheme in _of_experts(schemes))
+
+
+def _of_experts(schemes: dict[str, Scheme]) -> set[Scheme]:
+    return {scheme for name, scheme in schemes.items() if ".experts." in name}
 
 
 def _with_quantkit(
@@ -87,8 +91,11 @@ def _with_quantkit(
         return PLUGIN if stock == REFUSED or kv_cache else NATIVE
     try:
         choices = [choose(scheme, _VLLM[server]) for scheme in set(schemes.values())]
+        experts = [choose(scheme, _VLLM[server]) for scheme in _of_experts(schemes)]
     except QuantkitError:
         return REFUSED
+    if any(choice.kernel == OURS for choice in experts):
+        return REFUSED  # quantkit brings linears to vLLM, no fused experts
     if server == VLLM_CPU and (kv_cache or any(choice.emulated for choice in choices)):
         return EMULATED
     return PLUGIN if kv_cache or any(choice.kernel == OURS for choice in choices) else NATIVE

@@ -44,3 +44,11 @@ def test_transformers_stacks_no_experts_of_bytes():
     name = "model.layers.0.mlp.experts.0.up_proj"
     assert who_serves({name: plain}, None)["transformers"].startswith("plugin")
     assert who_serves({name: packed}, None)["transformers"] == "native"
+
+
+def test_vllm_has_no_fused_experts_of_ours():
+    mixed = Scheme(WeightFormat(4, 128), ActivationFormat(8))
+    linear, expert = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts.0.up_proj"
+    for server in (s for s in SERVERS if s.startswith("vLLM")):
+        assert not who_serves({linear: mixed}, None)[server].startswith("refused")
+        assert who_serves({expert: mixed}, None)[server].startswith("refused")

@@ -24,7 +24,7 @@ def work(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
 
 
-@pytest.mark.parametrize("part", ["clients", "broken", "parallel", "agree"])
+@pytest.mark.parametrize("part", ["clients", "experts", "broken", "parallel", "agree"])
 def test_served_by_vllm(work, part):
     script = ROOT / "benchmarks" / "vllm_serving.py"
     done = subprocess.run(

@@ -119,6 +119,11 @@ class QuantkitConfig(QuantizationConfig):
                     f"{prefix}: {part} in a {type(layer).__name__} is not served by vLLM here; "
                     "use quantkit.load, or a W4A16 or W8A8 recipe"
                 )
+            if part.activations is None and current_platform.is_cpu():
+                logger.warning_once(
+                    "quantkit: experts in %s: vLLM's CPU kernel rounds their activations to INT8",
+                    str(part),
+                )
         return self.native.get_quant_method(layer, prefix)
 
     def _prepare(self) -> None:
@@ -126,6 +131,8 @@ class QuantkitConfig(QuantizationConfig):
         if self._prepared:
             return
         self._prepared, where = True, platform()
+        if where.device == "cpu":
+            _allow_tiles()
         schemes = set(self.info.schemes.values())
         emulated = where.device == "cpu" and any(choose(s, where).emulated for s in schemes)
         config = get_current_vllm_config_or_none()
@@ -165,6 +172,12 @@ def platform() -> Platform:
         capability = current_platform.get_device_capability()
         return Platform("cuda", capability.to_int() if capability else None)
     return Platform(current_platform.device_name)
+
+
+def _allow_tiles() -> None:
+    """Ask Linux for AMX's tiles: vLLM's kernels for experts use them unasked, and die unless another kernel asked."""
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def _choose(scheme: Scheme, prefix: str) -> Choice:
