@@ -97,16 +97,17 @@ def table(path: Path) -> str:
                 r for r in rows if (_title(r), r["products"], r["model"]) == (title, form, model)
             ]
             cells += [
-                _cell([100 * (r["ratio"] - 1) for r in same], 2),
-                _cell([1000 * r["kl"] for r in same], 2),
+                _cell([100 * (r["ratio"] - 1) for r in same]),
+                _cell([1000 * r["kl"] for r in same]),
             ]
         lines.append(f"| `{title}` | {form} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(values: list[float], digits: int) -> str:
-    low, high = min(values, default=0), max(values, default=0)
-    return f"{mean(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})" if values else ""
+def _cell(values: list[float]) -> str:
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values)
+    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def main() -> None:

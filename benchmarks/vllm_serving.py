@@ -2,8 +2,8 @@
 
     QUANTKIT_VLLM_PYTHON=/path/to/vllm/bin/python python benchmarks/vllm_serving.py [part...]
 
-Parts: agree, stock, float32, clients, experts, broken, parallel, soak (all of them, if none is named). The
-interpreter named is that of an environment with vLLM and quantkit; this script runs in quantkit's own.
+Parts: agree, stock, float32, clients, experts, broken, parallel, soak (all of them, if none is
+named). The interpreter named is that of an environment with vLLM and quantkit; this script runs in quantkit's own.
 Exits with 1 where a bar is missed. `-o FILE` puts what was found into a JSON file, beside what is there.
 """
 
@@ -206,8 +206,9 @@ def experts(run: Run) -> None:
             if ready:
                 found = compare(server.scores(run.texts), model_scores(load(folder), run.texts))
                 run.note("experts", recipe, load=found)
-                bar = ACTIVATION_BAR  # vLLM's CPU kernel rounds the inputs of INT4 experts too
-                run.demand(found["difference"] <= bar, f"experts, {recipe}: {found} <= {bar}")
+                # Experts that give nothing make 0.038 and 0.73 of so small a model.
+                close = found["difference"] <= WEIGHT_BAR and found["greedy"] >= GREEDY_BAR
+                run.demand(close, f"experts, {recipe}: {found} within {WEIGHT_BAR}, {GREEDY_BAR}")
             else:
                 lines = [line for line in server.output().splitlines() if "not served" in line]
                 run.note("experts", recipe, line=lines[-1][-200:] if lines else None)

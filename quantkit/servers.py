@@ -90,11 +90,11 @@ def _with_quantkit(
     if server == TRANSFORMERS:
         return PLUGIN if stock == REFUSED or kv_cache else NATIVE
     try:
-        choices = [choose(scheme, _VLLM[server]) for scheme in set(schemes.values())]
-        experts = [choose(scheme, _VLLM[server]) for scheme in _of_experts(schemes)]
+        chosen = {scheme: choose(scheme, _VLLM[server]) for scheme in set(schemes.values())}
     except QuantkitError:
         return REFUSED
-    if any(choice.kernel == OURS for choice in experts):
+    choices = chosen.values()
+    if any(chosen[scheme].kernel == OURS for scheme in _of_experts(schemes)):
         return REFUSED  # quantkit brings linears to vLLM, no fused experts
     if server == VLLM_CPU and (kv_cache or any(choice.emulated for choice in choices)):
         return EMULATED

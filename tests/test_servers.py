@@ -7,7 +7,7 @@ import pytest
 from quantkit.formats.scheme import ActivationFormat, Scheme, WeightFormat
 from quantkit.plan import make_plan
 from quantkit.recipe import Recipe, recipe_names
-from quantkit.servers import SERVERS, who_serves
+from quantkit.servers import SERVERS, VLLM_CPU, VLLM_GPU, VLLM_HOPPER, who_serves
 
 PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
 
@@ -46,9 +46,9 @@ def test_transformers_stacks_no_experts_of_bytes():
     assert who_serves({name: packed}, None)["transformers"] == "native"
 
 
-def test_vllm_has_no_fused_experts_of_ours():
+@pytest.mark.parametrize("server", [VLLM_CPU, VLLM_HOPPER, VLLM_GPU])
+def test_vllm_has_no_fused_experts_of_ours(server: str):
     mixed = Scheme(WeightFormat(4, 128), ActivationFormat(8))
     linear, expert = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts.0.up_proj"
-    for server in (s for s in SERVERS if s.startswith("vLLM")):
-        assert not who_serves({linear: mixed}, None)[server].startswith("refused")
-        assert who_serves({expert: mixed}, None)[server].startswith("refused")
+    assert not who_serves({linear: mixed}, None)[server].startswith("refused")
+    assert who_serves({linear: mixed, expert: mixed}, None)[server].startswith("refused")

@@ -119,11 +119,10 @@ class QuantkitConfig(QuantizationConfig):
                     f"{prefix}: {part} in a {type(layer).__name__} is not served by vLLM here; "
                     "use quantkit.load, or a W4A16 or W8A8 recipe"
                 )
-            if part.activations is None and current_platform.is_cpu():
-                logger.warning_once(
-                    "quantkit: experts in %s: vLLM's CPU kernel rounds their activations to INT8",
-                    str(part),
-                )
+        if current_platform.is_cpu() and any(part.activations is None for part in inside):
+            logger.warning_once(
+                "quantkit: W4A16 experts: vLLM's CPU kernel rounds their activations to INT8"
+            )
         return self.native.get_quant_method(layer, prefix)
 
     def _prepare(self) -> None:
