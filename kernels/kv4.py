@@ -6,11 +6,10 @@ import torch
 
 from .cpu import kv4 as native
 from .dispatch import Op
-from .quantize_fp8 import E4M3_MAX, safe_divisor
+from .quantize_fp8 import E4M3_MAX
 
 SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
 SMALLEST_E4M3 = 2.0**-9
-_TOP = 7
 
 
 def _quantize(
@@ -18,12 +17,13 @@ def _quantize(
 ) -> torch.Tensor:
     """x [..., D] -> uint8 [..., D / 2 + 2] (bf16 scale) or [..., D / 2 + 1] (e4m3 scale).
 
-    Symmetric INT4 per vector: s = max|x| / 7 is rounded to its storage type *first*, then
-    q = clamp(round(x / s), -7, 7), half to even. Byte i holds element i (low nibble, q + 8) and
-    element i + D / 2 (high nibble); the scale's bytes follow. A vector of zeros gives zeros.
-    An e4m3 scale is kept within [2^-9, 448]: vectors with max|x| below 7 * 2^-9 lose resolution
-    (never to a zero scale), those above 3136 saturate (never to NaN). FireQ (arXiv 2505.20839),
-    INT4 KV cache, with its scale's rounding put before the division.
+    INT4 without a zero point, per vector: s = -x_m / 8, x_m the element of the largest magnitude, is
+    rounded to its storage type *first*, then q = clamp(round(x / s), -8, 7), half to even. The scale's
+    sign puts x_m on the code -8, so that all sixteen codes are used (llama.cpp's Q4_0 does this with
+    weights); FireQ (arXiv 2505.20839, INT4 KV cache) has max|x| / 7 and fifteen. Byte i holds element i
+    (low nibble, q + 8) and element i + D / 2 (high nibble); the scale's bytes follow. A vector of zeros
+    gives zeros. An e4m3 scale's magnitude is kept within [2^-9, 448]: vectors with max|x| below 8 * 2^-9
+    lose resolution (never to a zero scale), those above 3584 saturate (never to NaN).
 
     Args:
         x: bf16, fp16 or float32; with a factor [..., H, T, D].
@@ -34,11 +34,13 @@ def _quantize(
         ValueError: D is odd, x is not floating point, scale_dtype is unknown, or the factor's shape does not fit.
     """
     x = x.float() if factor is None else x.float() * factor[:, None]
-    scale = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True) / _TOP
+    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    # Adding zero makes the scale of zeros a positive one.
+    scale = torch.where(high > -low, high, low) / -8 + 0.0
     if scale_dtype == "float8_e4m3fn":
-        scale = scale.clamp(SMALLEST_E4M3, E4M3_MAX)
+        scale = scale.abs().clamp(SMALLEST_E4M3, E4M3_MAX).copysign(scale)
     stored = scale.to(SCALE_DTYPES[scale_dtype])
-    codes = (x / safe_divisor(stored.float())).round_().clamp_(-_TOP, _TOP)
+    codes = (x / signed_divisor(stored.float())).round_().clamp_(-8, 7)
     # An empty tensor's strides would not let it be seen as bytes.
     stored = (
         stored.clone(memory_format=torch.contiguous_format)
@@ -48,6 +50,11 @@ def _quantize(
     low, high = (codes + 8).to(torch.uint8).chunk(2, dim=-1)
     tail = stored.reshape(-1).view(torch.uint8).reshape(*x.shape[:-1], stored.itemsize)
     return torch.cat((low | (high << 4), tail), dim=-1)
+
+
+def signed_divisor(scale: torch.Tensor) -> torch.Tensor:
+    """`scale` with its zeros replaced by 1, so that vectors of zeros quantize to zeros, not to NaN."""
+    return torch.where(scale.abs() > 0, scale, torch.ones_like(scale))
 
 
 def _cpu_quantize(

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from .cpu import kv4 as native
 from .dispatch import Op
 from .gpu_layout import has_fp8
-from .kv4 import check_packed, check_planar, fits_gpu, interleaved, kv4_dequantize, split
+from .kv4 import (
+    check_packed,
+    check_planar,
+    fits_gpu,
+    interleaved,
+    kv4_dequantize,
+    signed_divisor,
+    split,
+)
 from .quantize_fp8 import E4M3, E4M3_MAX, quantize_fp8, safe_divisor
 
 PRODUCTS = ("exact", "fp8")
@@ -84,9 +92,9 @@ def fp8_weights(
 ) -> torch.Tensor:
     """weights [B, Hkv, G, T, S] @ v [B, Hkv, 1, S, D], rounded as `products="fp8"` says."""
     scale = split(value, dim)[1].float()[:, :, None]
-    divisor = safe_divisor(scale)
+    divisor = signed_divisor(scale)
     scaled = weights * scale.transpose(-1, -2)
-    unit = safe_divisor(scaled.amax(dim=-1, keepdim=True) / E4M3_MAX)
+    unit = safe_divisor(scaled.abs().amax(dim=-1, keepdim=True) / E4M3_MAX)
     return ((scaled / unit).to(E4M3).float() * unit) @ (v / divisor)
 
 

@@ -14,7 +14,7 @@ namespace {
 void pack_vector(float* values, int64_t dim, const float* factors, bool float8, uint8_t* vector,
                  uint8_t* stored_scale) {
     const int64_t half = dim / 2;
-    __m512 top = _mm512_setzero_ps();
+    __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
     __mmask16 nan = 0;
     for (int64_t k = 0; k < dim; k += 16) {
         const __mmask16 mask = left(k, dim);
@@ -22,13 +22,20 @@ void pack_vector(float* values, int64_t dim, const float* factors, bool float8, 
         if (factors != nullptr) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, factors + k));
         _mm512_mask_storeu_ps(values + k, mask, value);
         nan |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-        top = _mm512_max_ps(top, _mm512_abs_ps(value));
+        low = _mm512_min_ps(low, value);
+        high = _mm512_max_ps(high, value);
     }
-    __m512 scale = _mm512_set1_ps(nan ? NAN : _mm512_reduce_max_ps(top) / 7.0f);
+    // The element of the largest magnitude gets the code -8: the scale has the other sign.
+    const float lowest = _mm512_reduce_min_ps(low), highest = _mm512_reduce_max_ps(high);
+    const bool positive = highest > -lowest;
+    const float largest = std::fabs(positive ? highest : lowest) / 8.0f;
+    const auto with_sign = [&](__m512 magnitude) {
+        return positive ? _mm512_sub_ps(_mm512_setzero_ps(), magnitude) : magnitude;
+    };
+    __m512 scale = nan ? _mm512_set1_ps(NAN) : with_sign(_mm512_set1_ps(largest));
     if (float8) {
-        // min and max give their second operand where the first is NaN: NaN stays.
-        scale = _mm512_max_ps(_mm512_set1_ps(0x1p-9f), _mm512_min_ps(_mm512_set1_ps(448.0f), scale));
-        const __m512i code = to_float8(scale);
+        const float stored = std::clamp(largest, 0x1p-9f, 448.0f);
+        const __m512i code = to_float8(nan ? scale : with_sign(_mm512_set1_ps(stored)));
         *stored_scale = static_cast<uint8_t>(_mm512_cvtsi512_si32(code));
         scale = from_float8(code);
     } else {
@@ -37,11 +44,11 @@ void pack_vector(float* values, int64_t dim, const float* factors, bool float8, 
         const uint16_t stored = static_cast<uint16_t>(bits >> 16);
         std::memcpy(stored_scale, &stored, 2);
     }
-    const __m512 divisor = _mm512_cvtss_f32(scale) > 0 ? scale : _mm512_set1_ps(1.0f);
+    const __m512 divisor = std::fabs(_mm512_cvtss_f32(scale)) > 0 ? scale : _mm512_set1_ps(1.0f);
     const auto encode = [&](int64_t k, __mmask16 mask) {
         __m512 code = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, values + k), divisor);
         code = _mm512_roundscale_ps(code, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        code = _mm512_min_ps(_mm512_max_ps(code, _mm512_set1_ps(-7.0f)), _mm512_set1_ps(7.0f));
+        code = _mm512_min_ps(_mm512_max_ps(code, _mm512_set1_ps(-8.0f)), _mm512_set1_ps(7.0f));
         return _mm512_add_epi32(_mm512_cvtps_epi32(code), _mm512_set1_epi32(8));
     };
     for (int64_t k = 0; k < half; k += 16) {

@@ -72,10 +72,13 @@ def round_to_e4m3(x):
 
 @triton.jit
 def from_e4m3_bits(code):
-    """The bits of e4m3 numbers that are not negative, as integers -> float32."""
+    """The bits of e4m3 numbers, as integers -> float32."""
     # Seven bits of exponent and mantissa at a float32's place are the value times 2^-120.
-    value = (code.to(tl.uint32) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    return tl.where(code == 0x7F, float("nan"), value)
+    bits = code.to(tl.uint32)
+    magnitude = bits & 0x7F
+    wide = (magnitude << 20) | ((bits & 0x80) << 24)
+    value = wide.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where(magnitude == 0x7F, float("nan"), value)
 
 
 @triton.jit

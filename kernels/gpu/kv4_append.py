@@ -1,8 +1,8 @@
 """New keys and values into an INT4 cache: RoPE, scale, quantization and writing, one pass each.
 
 query [BT, D] -- RoPE --> query
-key   [BT, D] -- RoPE -- x factor -- max / 7 -> scale -> codes -- pairs (i, i + D / 2) --> cache
-value [BT, D] ---------------------- max / 7 -> scale -> codes -- pairs (i, i + D / 2) --> cache
+key   [BT, D] -- RoPE -- x factor -- largest / -8 -> scale -> codes -- pairs (i, i + D / 2) --> cache
+value [BT, D] ---------------------- largest / -8 -> scale -> codes -- pairs (i, i + D / 2) --> cache
 """
 
 from __future__ import annotations
@@ -132,22 +132,28 @@ def _turned(
 @triton.jit
 def _pack(first, second, FLOAT8: tl.constexpr, BY_HAND: tl.constexpr, INTERPRET: tl.constexpr):
     """Two halves of vectors [BT, HALF] -> bytes [BT, HALF] and the scales' bits [BT]."""
-    top = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
-    # max passes over NaN.
+    highest = tl.maximum(tl.max(first, axis=1), tl.max(second, axis=1))
+    lowest = tl.minimum(tl.min(first, axis=1), tl.min(second, axis=1))
+    # min and max pass over NaN.
     bad = (tl.max((first != first).to(tl.int32), axis=1) > 0) | (
         tl.max((second != second).to(tl.int32), axis=1) > 0
     )
-    scale = tl.where(bad, float("nan"), tl.div_rn(top, 7.0))
+    # The element of the largest magnitude gets the code -8: the scale has the other sign.
+    magnitude = tl.abs(tl.maximum(highest, -lowest)) * 0.125
     if FLOAT8:
-        clamped = tl.where(scale != scale, scale, tl.clamp(scale, 0.001953125, 448.0))
-        stored = to_e4m3_bits(clamped, BY_HAND)
+        magnitude = tl.clamp(magnitude, 0.001953125, 448.0)
+    scale = tl.where(bad, float("nan"), tl.where(highest > -lowest, -magnitude, magnitude))
+    if FLOAT8:
+        stored = to_e4m3_bits(scale, BY_HAND)
         scale = from_e4m3_bits(stored.to(tl.int32))
     else:
         scale = round_to(scale, tl.bfloat16, INTERPRET)
         stored = (scale.to(tl.uint32, bitcast=True) >> 16).to(tl.int16)
-    divisor = tl.where(scale > 0, scale, 1.0)[:, None]
-    low = tl.clamp(round_even(divide(first, divisor, INTERPRET)), -7.0, 7.0) + 8.0
-    high = tl.clamp(round_even(divide(second, divisor, INTERPRET)), -7.0, 7.0) + 8.0
+    # `divide` takes no negative scales.
+    sign = tl.where(scale < 0, -1.0, 1.0)[:, None]
+    divisor = tl.where(tl.abs(scale) > 0, tl.abs(scale), 1.0)[:, None]
+    low = tl.clamp(round_even(divide(first * sign, divisor, INTERPRET)), -8.0, 7.0) + 8.0
+    high = tl.clamp(round_even(divide(second * sign, divisor, INTERPRET)), -8.0, 7.0) + 8.0
     packed = low.to(tl.int32) | (high.to(tl.int32) << 4)
     return packed.to(tl.uint8), stored
 

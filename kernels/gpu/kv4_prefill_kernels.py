@@ -363,7 +363,7 @@ def prefill_kernel(
                 )  # fmt: skip
             if PV8:
                 # A weight times its value's scale is the weight of a score that much higher.
-                v_scale = tl.maximum(_bf16(v_bits), 7.888609052210118e-31)
+                v_scale = tl.maximum(tl.abs(_bf16(v_bits)), 7.888609052210118e-31)
                 x = scores * row_factor[:, None] + _log2(v_scale, INTERPRET)[None, :]
                 top = tl.maximum(largest, tl.max(x, 1))
             else:
@@ -376,6 +376,7 @@ def prefill_kernel(
             if PV8:
                 weights = exp2(x - (shift - 8.807354922057604)[:, None], INTERPRET)
                 total = total * keep + tl.sum(weights * _inverse(v_scale, INTERPRET)[None, :], 1)
+                weights *= tl.where(v_bits < 0, -1.0, 1.0)[None, :]
             else:
                 weights = exp2(scores * row_factor[:, None] - shift[:, None], INTERPRET)
                 total = total * keep + tl.sum(weights, 1)

@@ -87,9 +87,10 @@ def rope_post_factor(key_absmax: Tensor, beta: float, top_k: int) -> tuple[Tenso
 
 
 def kv4_fake_quantize(x: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """`x` [..., D] as the INT4 cache gives it back, float32: symmetric, one scale per row.
+    """`x` [..., D] as the INT4 cache gives it back, float32: one signed scale per row, no zero point.
 
-    The scale amax / 7 is rounded to its storage type first, then codes = clamp(round(x / scale), -7, 7).
+    The scale -x_m / 8, x_m the element of the largest magnitude, is rounded to its storage type first, then
+    codes = clamp(round(x / scale), -8, 7): the sign gives x_m the code -8, and all sixteen codes are used.
 
     Args:
         x: keys (after RoPE) or values.
@@ -101,9 +102,10 @@ def kv4_fake_quantize(x: Tensor, scale_dtype: torch.dtype) -> Tensor:
     if scale_dtype not in _SCALE_RANGE:
         raise ValueError(f"a cache's scale is bfloat16 or float8_e4m3fn, not {scale_dtype}")
     x = x.float()
-    scale = (x.abs().amax(-1, keepdim=True) / 7).clamp(*_SCALE_RANGE[scale_dtype])
-    scale = scale.to(scale_dtype).float()
-    return (x / scale).round().clamp(-7, 7) * scale
+    lowest, highest = torch.aminmax(x, dim=-1, keepdim=True)
+    magnitude = (torch.maximum(highest, -lowest) / 8).clamp(*_SCALE_RANGE[scale_dtype])
+    scale = torch.where(highest > -lowest, -magnitude, magnitude).to(scale_dtype).float()
+    return (x / scale).round().clamp(-8, 7) * scale
 
 
 @torch.no_grad()

@@ -7,10 +7,11 @@ STORED = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
 
 def _slow(vector: torch.Tensor, scale_dtype: str) -> tuple[list[int], float]:
     """Codes and stored scale of one vector, element by element."""
-    wanted = (vector.float().abs().max() / 7).clamp(min=2**-9 if "float8" in scale_dtype else 0)
-    scale = wanted.to(STORED[scale_dtype]).float()
-    quotients = (vector.float() / scale).tolist() if scale > 0 else [0.0] * len(vector)
-    return [max(-7, min(7, round(v))) for v in quotients], scale.item()
+    largest = max(vector.tolist(), key=lambda v: (abs(v), -v))
+    wanted = max(abs(largest) / 8, 2**-9 if "float8" in scale_dtype else 0)
+    scale = torch.tensor(-wanted if largest > 0 else wanted).to(STORED[scale_dtype]).float()
+    quotients = (vector.float() / scale).tolist() if scale else [0.0] * len(vector)
+    return [max(-8, min(7, round(v))) for v in quotients], scale.item()
 
 
 @pytest.mark.usefixtures("backend")
@@ -51,10 +52,23 @@ def test_zeros_small_and_large(scale_dtype: str) -> None:
     assert y[0].count_nonzero() == 0
     if scale_dtype == "bfloat16":
         torch.testing.assert_close(y, x, rtol=5e-3, atol=0)
-    else:  # saturates at 7 * 448, and below 2^-10 there is nothing
+    else:  # saturates at 8 * 448, and below 2^-10 there is nothing
         assert y[1].count_nonzero() == 0
-        assert y[2].eq(3136).all()
-        assert y[3].eq(-3136).all()
+        assert y[2].eq(3584).all()
+        assert y[3].eq(-3584).all()
+
+
+@pytest.mark.usefixtures("backend")
+def test_the_largest_magnitude_has_the_code_that_only_one_sign_has() -> None:
+    x = torch.linspace(-0.9, 1.0, 64).repeat(4, 1) * torch.tensor([[1.0], [-1.0], [0.0], [1.0]])
+    x[3, 0] = -1.0  # two of one magnitude: the scale is positive
+    packed = kv4_quantize(x)
+    scales = packed[:, 32:].clone().view(torch.bfloat16).flatten()
+    assert scales.sign().tolist() == [-1, 1, 0, 1]
+    assert not scales[2].signbit()
+    assert (packed[:2, 31] >> 4).tolist() == [0, 0]
+    error = (kv4_dequantize(packed, 64, torch.float32) - x)[:2, 5:]
+    assert error.abs().max() <= 1 / 16 + 1e-3
 
 
 @pytest.mark.usefixtures("backend")

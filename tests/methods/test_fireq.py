@@ -80,9 +80,10 @@ def test_kv4(scale_dtype: torch.dtype):
     x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
     got = kv4_fake_quantize(x, scale_dtype)
     for row in range(6):
-        scale = float((x[row].abs().max() / 7).to(scale_dtype))
+        largest = max(x[row].tolist(), key=abs)
+        scale = float(torch.tensor(-largest / 8).to(scale_dtype))
         for j in range(64):
-            code = min(max(round(float(x[row, j]) / scale), -7), 7)
+            code = min(max(round(float(x[row, j]) / scale), -8), 7)
             assert float(got[row, j]) == pytest.approx(code * scale, abs=1e-5)
 
 
@@ -92,7 +93,7 @@ def test_kv4_of_nothing_and_of_too_much(scale_dtype: torch.dtype):
     huge = kv4_fake_quantize(torch.full((1, 8), 1e6), scale_dtype)
     # e4m3's largest scale is 448; more saturates.
     assert float(huge[0, 0]) == (
-        448 * 7 if scale_dtype != torch.bfloat16 else pytest.approx(1e6, rel=0.01)
+        448 * 8 if scale_dtype != torch.bfloat16 else pytest.approx(1e6, rel=0.01)
     )
     with pytest.raises(ValueError, match="float32"):
         kv4_fake_quantize(torch.ones(2, 8), torch.float32)
@@ -144,4 +145,4 @@ def test_attentions_error_is_that_of_a_token_at_a_time():
     got = attention_error(query, key, value, factor, torch.bfloat16)
     assert got == pytest.approx(want, rel=1e-4)
     balanced = rope_pre_factor(pair_magnitude(key[0]), 1.0)
-    assert attention_error(query, key, value, balanced, torch.bfloat16) < 0.5 * got
+    assert attention_error(query, key, value, balanced, torch.bfloat16) < 0.9 * got
