@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.config import requirements
-from quantkit.integrations.vllm.kernels import OURS, Platform, choose
+from quantkit.integrations.vllm.kernels import OURS, Platform, choices_for, is_expert
 
 if TYPE_CHECKING:
     from quantkit.formats.scheme import KVFormat, Scheme
@@ -67,6 +67,8 @@ def who_serves(schemes: dict[str, Scheme], kv_cache: KVFormat | None) -> dict[st
     for server, stock in zip(SERVERS, _STOCK[_kind(schemes)], strict=True):
         if server == TRANSFORMERS and stock == NATIVE and _has_byte_experts(schemes):
             stock = REFUSED
+        if server == VLLM_CPU and _of_experts(schemes):
+            stock = REFUSED  # vLLM 0.32 has such kernels with AMX alone, and dies of the INT4 one
         how = _with_quantkit(server, stock, schemes, kv_cache)
         found[server] = _words(server, how, stock, kv_cache)
     return found
@@ -78,7 +80,7 @@ def _has_byte_experts(schemes: dict[str, Scheme]) -> bool:
 
 
 def _of_experts(schemes: dict[str, Scheme]) -> set[Scheme]:
-    return {scheme for name, scheme in schemes.items() if ".experts." in name}
+    return {scheme for name, scheme in schemes.items() if is_expert(name)}
 
 
 def _with_quantkit(
@@ -90,12 +92,9 @@ def _with_quantkit(
     if server == TRANSFORMERS:
         return PLUGIN if stock == REFUSED or kv_cache else NATIVE
     try:
-        chosen = {scheme: choose(scheme, _VLLM[server]) for scheme in set(schemes.values())}
+        choices = choices_for(schemes, _VLLM[server])
     except QuantkitError:
         return REFUSED
-    choices = chosen.values()
-    if any(chosen[scheme].kernel == OURS for scheme in _of_experts(schemes)):
-        return REFUSED  # quantkit brings linears to vLLM, no fused experts
     if server == VLLM_CPU and (kv_cache or any(choice.emulated for choice in choices)):
         return EMULATED
     return PLUGIN if kv_cache or any(choice.kernel == OURS for choice in choices) else NATIVE

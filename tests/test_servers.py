@@ -47,8 +47,19 @@ def test_transformers_stacks_no_experts_of_bytes():
 
 
 @pytest.mark.parametrize("server", [VLLM_CPU, VLLM_HOPPER, VLLM_GPU])
-def test_vllm_has_no_fused_experts_of_ours(server: str):
-    mixed = Scheme(WeightFormat(4, 128), ActivationFormat(8))
+def test_experts_under_vllm(server: str):
+    """On a CPU by quantkit, which brings no fused experts to GPUs."""
+    mixed, packed = Scheme(WeightFormat(4, 128), ActivationFormat(8)), Scheme(WeightFormat(4, 128))
     linear, expert = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts.0.up_proj"
-    assert not who_serves({linear: mixed}, None)[server].startswith("refused")
-    assert who_serves({linear: mixed, expert: mixed}, None)[server].startswith("refused")
+
+    def how(schemes: dict[str, Scheme]) -> str:
+        return who_serves(schemes, None)[server]
+
+    assert not how({linear: mixed}).startswith("refused")
+    if server == VLLM_CPU:
+        assert how({linear: mixed, expert: mixed}).startswith("emulated")
+        assert how({expert: packed}).startswith("plugin")
+        assert how({expert: packed}).endswith("without it, refused")
+    else:
+        assert how({linear: mixed, expert: mixed}).startswith("refused")
+        assert how({expert: packed}) == "native"

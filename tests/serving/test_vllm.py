@@ -36,7 +36,7 @@ def test_served_by_vllm(work, part):
 def test_the_plugin_inside_vllm():
     """The tests that vLLM's own interpreter has to run."""
     folder = ROOT / "tests" / "integrations" / "vllm"
-    tests = [str(folder / f"test_{name}.py") for name in ("plugin", "rounding")]
+    tests = [str(folder / f"test_{name}.py") for name in ("plugin", "rounding", "experts")]
     has_pytest = subprocess.run([str(PYTHON), "-c", "import pytest"], capture_output=True)
     if has_pytest.returncode:
         pytest.skip("that environment has no pytest")

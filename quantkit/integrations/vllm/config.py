@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -27,7 +29,16 @@ from quantkit.formats.scheme import Scheme
 from quantkit.integrations.vllm import NAME
 from quantkit.integrations.vllm.attention import PackedKVMethod, refuse_or_take
 from quantkit.integrations.vllm.checkpoint import examine, parse
-from quantkit.integrations.vllm.kernels import NATIVE, Choice, Platform, choose, find_scheme
+from quantkit.integrations.vllm.experts import QuantkitExpertsMethod
+from quantkit.integrations.vllm.kernels import (
+    NATIVE,
+    Choice,
+    Platform,
+    choices_for,
+    choose,
+    choose_for_experts,
+    find_scheme,
+)
 from quantkit.integrations.vllm.linear import QuantkitLinearMethod
 from quantkit.integrations.vllm.rounding import round_as_transformers
 
@@ -111,17 +122,13 @@ class QuantkitConfig(QuantizationConfig):
         scheme = find_scheme(prefix, self.info.schemes, self.packed_modules_mapping)
         if isinstance(layer, VocabParallelEmbedding) and scheme is None:
             return None
-        # Experts, and whatever else vLLM quantizes: its own way, if it has one for all of our formats.
-        inside = {s for name, s in self.info.schemes.items() if name.startswith(f"{prefix}.")}
-        for part in inside | ({scheme} if scheme else set()):
-            if _choose(part, prefix).kernel != NATIVE:
-                raise QuantkitError(
-                    f"{prefix}: {part} in a {type(layer).__name__} is not served by vLLM here; "
-                    "use quantkit.load, or a W4A16 or W8A8 recipe"
-                )
-        if current_platform.is_cpu() and any(part.activations is None for part in inside):
-            logger.warning_once(
-                "quantkit: W4A16 experts: vLLM's CPU kernel rounds their activations to INT8"
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
+        # Whatever else vLLM quantizes: its own way, if it has one for our format.
+        if scheme and _choose(choose, scheme).kernel != NATIVE:
+            raise QuantkitError(
+                f"{prefix}: {scheme} in a {type(layer).__name__} is not served by vLLM here; "
+                "use quantkit.load, or a W4A16 or W8A8 recipe"
             )
         return self.native.get_quant_method(layer, prefix)
 
@@ -130,10 +137,9 @@ class QuantkitConfig(QuantizationConfig):
         if self._prepared:
             return
         self._prepared, where = True, platform()
-        if where.device == "cpu":
-            _allow_tiles()
-        schemes = set(self.info.schemes.values())
-        emulated = where.device == "cpu" and any(choose(s, where).emulated for s in schemes)
+        emulated = where.device == "cpu" and any(
+            choice.emulated for choice in choices_for(self.info.schemes, where)
+        )
         config = get_current_vllm_config_or_none()
         if emulated and config is not None and round_as_transformers(config):
             logger.info_once(
@@ -144,8 +150,7 @@ class QuantkitConfig(QuantizationConfig):
         scheme = find_scheme(prefix, self.info.schemes, self.packed_modules_mapping)
         if scheme is None:
             return UnquantizedLinearMethod()
-        choice = _choose(scheme, prefix)
-        if choice.kernel == NATIVE:
+        if _choose(choose, scheme).kernel == NATIVE:
             method = self.native.get_quant_method(layer, prefix)
             if method is None or isinstance(method, UnquantizedLinearMethod):
                 raise QuantkitError(
@@ -154,6 +159,38 @@ class QuantkitConfig(QuantizationConfig):
                 )
             return method
         return QuantkitLinearMethod(scheme)
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        """Experts of one format for gate and up, and one for down; of 16 bits where none is quantized."""
+        names = {
+            "w13": (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name),
+            "w2": (layer.ckpt_down_proj_name,),
+        }
+        found: dict[str, set[Scheme | None]] = {part: set() for part in names}
+        inside = {
+            name[len(prefix) + 1 :]: scheme
+            for name, scheme in self.info.schemes.items()
+            if name.startswith(f"{prefix}.")
+        }
+        for expert in {name.partition(".")[0] for name in inside}:
+            for part, last in names.items():
+                found[part] |= {inside.get(f"{expert}.{name}") for name in last}
+        if not inside:
+            return self.native.get_quant_method(layer, prefix)
+        schemes = {part: kinds.pop() for part, kinds in found.items() if len(kinds) == 1}
+        known = {part: scheme for part, scheme in schemes.items() if scheme}
+        if len(known) != len(names):
+            raise QuantkitError(
+                f"{prefix}: vLLM runs a layer's experts as one, which needs one format for gate and up and one "
+                "for down; quantize them alike, or use quantkit.load"
+            )
+        try:
+            choices = [_choose(choose_for_experts, scheme) for scheme in known.values()]
+        except QuantkitError as error:
+            raise QuantkitError(f"{prefix}: {error}") from error
+        if all(choice.kernel == NATIVE for choice in choices):
+            return self.native.get_quant_method(layer, prefix)
+        return QuantkitExpertsMethod(layer.moe_config, known, prefix)
 
     def _cache_method(self, layer: Attention, prefix: str) -> QuantizeMethodBase | None:
         if self.info.kv_cache is None:
@@ -173,14 +210,8 @@ def platform() -> Platform:
     return Platform(current_platform.device_name)
 
 
-def _allow_tiles() -> None:
-    """Ask Linux for AMX's tiles: vLLM's kernels for experts use them unasked, and die unless another kernel asked."""
-    if torch.cpu._is_amx_tile_supported():
-        torch.cpu._init_amx()
-
-
-def _choose(scheme: Scheme, prefix: str) -> Choice:
-    choice = choose(scheme, platform())
+def _choose(chooser: Callable[[Scheme, Platform], Choice], scheme: Scheme) -> Choice:
+    choice = chooser(scheme, platform())
     # Not info_once over the prefix: a model has hundreds of them.
     logger.info_once("quantkit: %s: %s", str(scheme), choice.note)
     if scheme.activations is None and current_platform.is_cpu():

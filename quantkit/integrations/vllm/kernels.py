@@ -52,11 +52,7 @@ def choose(scheme: Scheme, platform: Platform) -> Choice:
     if not wish and _is_native(scheme, platform):
         return Choice(NATIVE, "vLLM's own kernel")
     if platform.device == "cpu":
-        if scheme.activations is None:
-            return Choice(OURS, "quantkit's CPU kernel")
-        return Choice(
-            OURS, "EMULATED on the CPU: the numbers of this format, no claim about its speed"
-        )
+        return _on_cpu(scheme)
     if platform.device == "cuda":
         if platform.capability is None or platform.capability < _OLDEST_GPU:
             raise QuantkitError(
@@ -67,6 +63,50 @@ def choose(scheme: Scheme, platform: Platform) -> Choice:
     raise QuantkitError(
         f"{scheme}: vLLM has no kernel for it on {platform.device}, and quantkit's run on cpu and cuda"
     )
+
+
+def choices_for(schemes: Mapping[str, Scheme], platform: Platform) -> set[Choice]:
+    """The kernels that a checkpoint's modules of these names and schemes need.
+
+    Raises:
+        QuantkitError: one of them has none.
+    """
+    experts = {scheme for name, scheme in schemes.items() if is_expert(name)}
+    linears = {scheme for name, scheme in schemes.items() if not is_expert(name)}
+    return {choose(scheme, platform) for scheme in linears} | {
+        choose_for_experts(scheme, platform) for scheme in experts
+    }
+
+
+def is_expert(name: str) -> bool:
+    """Whether a module is one of a mixture's routed experts."""
+    return ".experts." in name
+
+
+def choose_for_experts(scheme: Scheme, platform: Platform) -> Choice:
+    """The kernel for a mixture's experts of one scheme.
+
+    vLLM 0.32 has some for quantized experts on CPUs with AMX alone, and its INT4 one rounds their activations to
+    INT8: on a CPU they run on quantkit's kernels for linears, one expert after the other.
+
+    Raises:
+        QuantkitError: nobody has one for it here.
+    """
+    if platform.device == "cpu":
+        return _on_cpu(scheme)
+    choice = choose(scheme, platform)
+    if choice.kernel != NATIVE:
+        raise QuantkitError(
+            f"{scheme}: vLLM has no kernel for experts of this format here; "
+            "use quantkit.load, or a W4A16 or W8A8 recipe"
+        )
+    return choice
+
+
+def _on_cpu(scheme: Scheme) -> Choice:
+    if scheme.activations is None:
+        return Choice(OURS, "quantkit's CPU kernel")
+    return Choice(OURS, "EMULATED on the CPU: the numbers of this format, no claim about its speed")
 
 
 def _is_native(scheme: Scheme, platform: Platform) -> bool:

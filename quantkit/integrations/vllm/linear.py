@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -25,7 +25,26 @@ from quantkit.formats.scheme import Scheme
 from quantkit.integrations.vllm.kernels import check_split
 from quantkit.runtime.linear import QuantLinear
 
-_DTYPES = {"I32": torch.int32, "I64": torch.int64, "I8": torch.int8, "BF16": torch.bfloat16}
+DTYPES = {"I32": torch.int32, "I64": torch.int64, "I8": torch.int8, "BF16": torch.bfloat16}
+
+
+def packed_linear(
+    name: str, scheme: Scheme, rows: int, columns: int, tensors: Mapping[str, torch.Tensor]
+) -> QuantLinear:
+    """A linear of a checkpoint's tensors, by their last names, ready to run.
+
+    Raises:
+        QuantkitError: a scale is not a number, as where no file filled it.
+    """
+    linear = QuantLinear(columns, rows, False, scheme)
+    linear._buffers.update(tensors)
+    if not bool(torch.isfinite(linear.weight_scale.float()).all()):
+        raise QuantkitError(
+            f"{name}: a scale is missing or not a number; "
+            "the checkpoint is damaged: copy or quantize it again"
+        )
+    linear.prepare()
+    return linear
 
 
 @register_weight_loader_v2_supported_method
@@ -60,7 +79,7 @@ class QuantkitLinearMethod(LinearMethodBase):
         rows = sum(output_partition_sizes)
         tensors = expected_tensors(self.scheme, rows, input_size_per_partition)
         for name, (dtype, shape) in tensors.items():
-            data = torch.zeros(shape, dtype=_DTYPES[dtype])
+            data = torch.zeros(shape, dtype=DTYPES[dtype])
             if dtype == "BF16":
                 data.fill_(torch.nan)  # what no file fills is found after loading
             layer.register_parameter(
@@ -90,16 +109,12 @@ class QuantkitLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         shapes: Any = layer
         rows, columns = shapes.quantkit_shape
-        linear = QuantLinear(columns, rows, False, self.scheme)
-        for name in expected_tensors(self.scheme, rows, columns):
-            linear._buffers[name] = layer._parameters.pop(name).data  # type: ignore[union-attr]
-        if not bool(torch.isfinite(linear.weight_scale.float()).all()):
-            raise QuantkitError(
-                f"{getattr(layer, 'prefix', 'linear')}: a scale is missing or not a number; "
-                "the checkpoint is damaged: copy or quantize it again"
-            )
-        linear.prepare()
-        layer.quantkit_linear = linear
+        tensors = {
+            name: layer._parameters.pop(name).data  # type: ignore[union-attr]
+            for name in expected_tensors(self.scheme, rows, columns)
+        }
+        prefix = str(getattr(layer, "prefix", "linear"))
+        layer.quantkit_linear = packed_linear(prefix, self.scheme, rows, columns, tensors)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
