@@ -169,9 +169,9 @@ def _calibrating(layer: LayerStructure, batch: int, seqlen: int) -> int:
     # The batch's hidden states a few times, the gated products, one block of attention scores.
     running = batch * (4 * min(widths) + 4 * wide) * 4
     columns = max(widths)
-    # The Hessian changed to the new basis, then in float64 (factored in place, some rows at a time); the weight
-    # transposed, its codes and errors.
-    solving = columns * (columns * (4 + 8) + 4 * 512 * 8) + max(numbers.values()) * 4 * 4
+    # The Hessian changed to the new basis, then its factor, some rows at a time; the weight transposed, its codes and
+    # errors.
+    solving = columns * (columns * (4 + 4) + 4 * 512 * 4) + max(numbers.values()) * 4 * 4
     kept = _SEARCH_ROWS * sum(widths) * 4
     return sum(numbers.values()) * 5 + hessians + kept + max(running, solving)
 

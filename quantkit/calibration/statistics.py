@@ -81,7 +81,7 @@ class InputStatistics:
         """The Hessian of rotate(x / factor), by the same change of basis on both of its sides."""
         hessian = self.hessian
         if hessian is not None and factor is not None:
-            hessian = hessian / factor[:, None] / factor[None, :]
+            hessian = (hessian / factor[:, None]).div_(factor)
         if hessian is not None and rotation:
             hessian = rotate_hessian(hessian, rotation)
         return hessian

@@ -68,6 +68,24 @@ def test_equals_the_textbook(grid: Grid, act_order: bool):
     assert float((got == want).float().mean()) > 0.995
 
 
+def test_huge_inputs_that_are_nearly_alike():
+    """As badly conditioned as damping allows: float32 factors lose nothing against the textbook in float64."""
+    weight, x, _ = problem(rows=20, columns=128)
+    x[:, 5] *= 1e4
+    x[:, 6] = x[:, 5] * (1 + 1e-4 * torch.randn(len(x), generator=torch.Generator().manual_seed(5)))
+    x[:, 6] += x[:, 7]
+    hessian = 2 * x.T @ x
+    scale = absmax_scale(weight, 32, GRID)
+    errors = []
+    for codes in (
+        solve(weight, hessian, scale, GRID).codes,
+        textbook(weight, hessian, scale, GRID, 0.01, range(128)),
+    ):
+        missed = x.double() @ (dequantize(codes, scale, GRID) - weight).T.double()
+        errors.append(float(missed.square().sum()))
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
 @pytest.mark.parametrize("group_size", [32, 128, None])
 def test_beats_rounding_on_correlated_inputs(group_size: int | None):
     weight, x, hessian = problem()
