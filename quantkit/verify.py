@@ -11,6 +11,7 @@ import torch
 
 from quantkit.calibration.data import read_text, tokenize
 from quantkit.errors import QuantkitError
+from quantkit.finite import all_finite
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.config import QuantizationInfo, parse_quantization_config
 from quantkit.formats.packed import expected_tensors
@@ -108,7 +109,7 @@ def _check_modules(
         scale_name = f"{name}.weight_scale"
         if scale_name in checkpoint.tensors:
             scale = checkpoint.read(scale_name).float()
-            if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
+            if not all_finite(scale) or not bool((scale > 0).all()):
                 result.problems.append(
                     f"{scale_name}: holds a scale that is zero, negative or not finite"
                 )
@@ -199,7 +200,7 @@ def _check_text(
     length = min(tokens.numel(), int(getattr(config, "max_position_embeddings", 2048)))
     ids = tokens[:length].clamp_max(vocabulary - 1)[None]
     logits = streamed_logits(checkpoint.path, ids, trust_remote_code=trust_remote_code)
-    if not bool(torch.isfinite(logits).all()):
+    if not all_finite(logits):
         result.problems.append("sanity text: the model's outputs are not finite")
         return
     loss = float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]))

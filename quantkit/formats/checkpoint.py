@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quantkit.errors import QuantkitError
+from quantkit.finite import all_finite
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -259,14 +260,7 @@ class Checkpoint:
         return tensor
 
     def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
-        if not tensor.is_floating_point():
-            return
-        if tensor.element_size() < 2:
-            tensor = tensor.float()  # torch does not compute in FP8
-        # One pass over all of it; only what is large, or damaged, needs the second look.
-        if not math.isfinite(float(tensor.sum(dtype=torch.float32))) and not bool(
-            torch.isfinite(tensor).all()
-        ):
+        if not all_finite(tensor):
             raise QuantkitError(
                 f"{self.path / self.tensors[name].file}: tensor {name!r} holds NaN or infinity; "
                 "the checkpoint is damaged"

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.finite import all_finite
 from quantkit.kernels.cpu import rounding as native
 from quantkit.methods.rounding import Grid
 
@@ -110,7 +111,7 @@ def factorize(
     diagonal = hessian.diagonal().double()
     alive = diagonal != 0
     mean = float(diagonal[alive].mean()) if bool(alive.any()) else 1.0
-    if not _finite(hessian) or not mean > 0:
+    if not all_finite(hessian) or not mean > 0:
         return None
     order = torch.arange(hessian.shape[0], device=hessian.device)
     if act_order:
@@ -131,7 +132,7 @@ def factorize(
             dead = ~alive.flip(0)
             pivots[dead] = 1 + damping  # without the rounding of a root
             ratios = _ratios(matrix)
-            if _finite(ratios):
+            if all_finite(ratios):
                 return HessianFactor(order, ratios, pivots, mean, damping, dead)
     return None
 
@@ -257,10 +258,6 @@ class _Block:
         return errors, loss.sum()
 
 
-def _finite(matrix: Tensor) -> bool:
-    return all(bool(torch.isfinite(rows).all()) for rows in matrix.split(_CHUNK))
-
-
 def _reordered(hessian: Tensor, order: Tensor, alive: Tensor, mean: float) -> Tensor:
     """Rows and columns `order` of `hessian` over `mean`; the identity where an input is not alive."""
     columns = hessian.shape[0]
@@ -268,9 +265,10 @@ def _reordered(hessian: Tensor, order: Tensor, alive: Tensor, mean: float) -> Te
     for first in range(0, columns, _CHUNK):
         rows = slice(first, first + _CHUNK)
         matrix[rows] = hessian[order[rows]][:, order].div_(mean)
-    matrix[~alive] = 0
-    matrix[:, ~alive] = 0
-    matrix.diagonal()[~alive] = 1
+    if not bool(alive.all()):
+        matrix[~alive] = 0
+        matrix[:, ~alive] = 0
+        matrix.diagonal()[~alive] = 1
     return matrix
 
 

@@ -20,6 +20,7 @@ from vllm.model_executor.parameter import (
 )
 
 from quantkit.errors import QuantkitError
+from quantkit.finite import all_finite
 from quantkit.formats.packed import expected_tensors
 from quantkit.formats.scheme import Scheme
 from quantkit.integrations.vllm.kernels import check_split
@@ -38,7 +39,7 @@ def packed_linear(
     """
     linear = QuantLinear(columns, rows, False, scheme)
     linear._buffers.update(tensors)
-    if not bool(torch.isfinite(linear.weight_scale.float()).all()):
+    if not all_finite(linear.weight_scale):
         raise QuantkitError(
             f"{name}: a scale is missing or not a number; "
             "the checkpoint is damaged: copy or quantize it again"
