@@ -29,7 +29,7 @@ _LATER_IMPORTS_PLAIN = 45 << 20
 # Rounding passes hold this many bytes per number of a piece.
 _ROUNDING = 32
 _PIECE = 1 << 19
-_TOKENS_PER_BATCH = 4096
+_TOKENS_PER_BATCH = 2048
 _HEAD_ROWS = 8192
 _SANITY_TOKENS = 128
 _SEARCH_ROWS = 1024

@@ -70,7 +70,7 @@ def test_work_goes_to_whoever_has_least():
 
 
 def test_processes_see_the_batches_of_one():
-    assert [batch_size(64, 512, n) for n in (1, 2, 3, 8)] == [8, 8, 8, 8]
+    assert [batch_size(64, 512, n) for n in (1, 2, 3, 8)] == [4, 4, 4, 4]
     assert batch_size(16, 64, 16) == 1
     with pytest.raises(QuantkitError, match="4 calibration samples cannot be split over 8"):
         batch_size(4, 512, 8)

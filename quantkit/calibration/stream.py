@@ -22,7 +22,7 @@ from quantkit.models.structure import Structure
 from quantkit.ranks import ALONE, Ranks
 
 # Tokens per forward: enough to keep the cores busy, small enough that a layer's intermediates stay small.
-_TOKENS_PER_BATCH = 4096
+_TOKENS_PER_BATCH = 2048
 # There are at least so many batches, where there are as many samples: as many processes can then have a part of the
 # samples, and still see the batches that one alone would.
 _BATCHES = 8
