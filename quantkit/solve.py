@@ -19,6 +19,8 @@ from quantkit.recipe import GPTQ, Weights
 # Columns of a Hessian that are multiplied together.
 _STRIP = 1024
 _ENERGY_OUTPUTS = 1024
+# Rows of a weight whose errors are looked at together.
+_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -140,13 +142,33 @@ def solve(
                 if again.loss < found.loss:
                     found, scale = again, fitted
     codes = found.codes if found else rounding.quantize(weight, scale, grid)
-    error = rounding.dequantize(codes, scale, grid) - weight
-    figures["weight_error"] = float(error.square().sum() / weight.square().sum().clamp_min(1e-30))
+    error, loss = _errors(
+        weight, codes, scale, grid, None if found or not inputs else inputs.hessian
+    )
+    figures["weight_error"] = error
     if inputs is not None:
-        loss = found.loss if found else float(((error @ inputs.hessian) * error).sum())
         energy = inputs.energy(weight, scheme.weights.bits)
-        figures["output_error"] = loss / max(energy, 1e-30)
+        figures["output_error"] = (found.loss if found else loss) / max(energy, 1e-30)
     return Solved(codes, scale, found.target if found else weight), figures
+
+
+def _errors(
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    grid: rounding.Grid,
+    hessian: torch.Tensor | None,
+) -> tuple[float, float]:
+    """The squared error E of the codes over the weight's square, and tr(E H E^T) where a Hessian is given; by rows."""
+    missed = total = loss = 0.0
+    for first in range(0, weight.shape[0], _ROWS):
+        rows = slice(first, first + _ROWS)
+        error = rounding.dequantize(codes[rows], scale[rows], grid) - weight[rows]
+        if hessian is not None:
+            loss += float(((error @ hessian) * error).sum())
+        missed += float(error.square_().sum())
+        total += float(weight[rows].square().sum())
+    return missed / max(total, 1e-30), loss
 
 
 def _fitted(
