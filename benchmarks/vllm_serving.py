@@ -53,9 +53,18 @@ def model_scores(model: Any, texts: torch.Tensor) -> Scores:
 
 
 def native_scores(folder: Path, texts: torch.Tensor) -> Scores:
+    """Those of transformers with compressed-tensors, as where quantkit was not imported."""
     from transformers import AutoModelForCausalLM
+    from transformers.quantizers import auto
+    from transformers.utils.quantization_config import CompressedTensorsConfig
 
-    return model_scores(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), texts)
+    ours = auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = CompressedTensorsConfig
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    finally:
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = ours
+    return model_scores(model, texts)
 
 
 def compare(a: Scores, b: Scores) -> dict[str, float]:
@@ -116,6 +125,9 @@ def agree(run: Run) -> None:
         if report["servers"]["transformers"].startswith("native"):
             row["transformers"] = compare(served, native_scores(folder, run.texts))
         run.note("agree", recipe, **row)
+        if recipe in WEIGHT_ONLY:
+            apart = row["transformers"]["difference"]
+            run.demand(apart <= WEIGHT_BAR, f"{recipe}: {apart} from transformers alone")
         # Where bf16 alone moves our own runtime further than the bar, vLLM may be as far from it, no further.
         bar = max(
             WEIGHT_BAR if recipe in WEIGHT_ONLY else ACTIVATION_BAR, 1.1 * spread["difference"]

@@ -55,6 +55,8 @@ class Target:
         want = self.scheme
         if want is None or requirements({"": found}) or found.weights.bits != want.weights.bits:
             return False
+        if want.weights.group_size is None and found.weights.group_size is not None:
+            return False
         # A loader finds FP8 codes in the scales of W4A8-FP8: they must be such products.
         fp8 = want.weights.scale.startswith("fp8")
         return not fp8 or (
@@ -140,7 +142,7 @@ def export(
     requantized = None
     if target.scheme is None:
         _write_dequantized(checkpoint, info, path, overwrite)
-    elif all(target.takes(scheme) for scheme in info.schemes.values()):
+    elif info.schemes and all(target.takes(scheme) for scheme in info.schemes.values()):
         _write_with_header(checkpoint, info, target.scheme, path, overwrite)
     else:
         again = partial(

@@ -12,6 +12,7 @@ from quantkit.errors import QuantkitError
 from quantkit.export import dequantized, export
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.config import parse_quantization_config
+from quantkit.pipeline import quantize
 from quantkit.runtime.load import load
 
 
@@ -49,6 +50,20 @@ def test_packed_weights_that_fit_stay_as_they_are(quantized, tmp_path, recipe, t
     assert {str(s) for s in found.schemes.values()} == {scheme}
     quantization = pytest.importorskip("compressed_tensors.quantization")
     quantization.QuantizationConfig.model_validate(new.config["quantization_config"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "to"),
+    [("kv4", [], "w4a16"), ("int4", ["weights.bits=8", "weights.group_size=64"], "w8a8")],
+    ids=["no linears", "groups of 64"],
+)
+def test_another_kind_of_weight_is_quantized_again(tiny, text, tmp_path, recipe, settings, to):
+    source = tmp_path / "source"
+    quantize(str(tiny()), recipe, source, overrides=settings)
+    result = export(source, to, tmp_path / "out", calib=text, samples=4, seqlen=64)
+    assert result["requantized"]
+    assert result["scheme"] == {"w4a16": "W4A16 g128", "w8a8": "W8A8-INT channel"}[to]
+    assert result["servers"]["vLLM on CPU"] == "native"
 
 
 def test_dropping_the_int4_cache_is_all_that_changes(quantized, tmp_path: Path):

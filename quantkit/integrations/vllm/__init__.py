@@ -17,14 +17,17 @@ def register() -> None:
     """vLLM's entry point `vllm.general_plugins`: called in every process of a server, perhaps twice.
 
     Nothing of vLLM or torch is imported before it is called.
+
+    Raises:
+        ImportError: vLLM is older than what the plugin was written for.
     """
+    _check_version()
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     # Importing it registers an implementation of a norm: before vLLM puts them in order.
     from quantkit.integrations.vllm.config import QuantkitConfig
 
-    _check_version()
     register_quantization_config(NAME)(QuantkitConfig)
     register_backend(
         AttentionBackendEnum.CUSTOM, "quantkit.integrations.vllm.attention.PackedBackend"
@@ -33,14 +36,13 @@ def register() -> None:
 
 def _check_version() -> None:
     import vllm
-    from vllm.logger import init_logger
 
     numbers = tuple(int(n) for n in vllm.__version__.split("+")[0].split(".")[:2] if n.isdigit())
-    if numbers < OLDEST:
-        init_logger("vllm.quantkit").warning(
-            "quantkit's plugin was written for vLLM %d.%d, this is %s: pip install --upgrade vllm",
-            *OLDEST,
-            vllm.__version__,
+    # A build from source may say anything.
+    if "dev" not in vllm.__version__ and numbers < OLDEST:
+        raise ImportError(
+            f"quantkit's plugin needs vLLM {OLDEST[0]}.{OLDEST[1]}, this is {vllm.__version__}: "
+            "pip install --upgrade vllm"
         )
 
 

@@ -17,7 +17,6 @@ from vllm.distributed import (
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -30,7 +29,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.scheme import KVFormat
-from quantkit.integrations.vllm.kernels import head_slice
+from quantkit.integrations.vllm.kernels import OLDEST_GPU, Platform, head_slice
 from quantkit.kernels.kv4_attention import kv4_attention
 from quantkit.runtime.attention import KVQuantizer
 
@@ -335,7 +334,7 @@ class PackedKVMethod(BaseKVCacheMethod):
         """Nothing: the scales came from quantkit/kv.safetensors."""
 
 
-def refuse_or_take(attention: Any, form: KVFormat) -> bool:
+def refuse_or_take(attention: Any, form: KVFormat, platform: Platform) -> bool:
     """Whether a layer's keys and values go into an INT4 cache; a line in the log says what happens to them."""
     if attention.attn_type != AttentionType.DECODER:
         return False
@@ -345,17 +344,17 @@ def refuse_or_take(attention: Any, form: KVFormat) -> bool:
             attention.kv_cache_dtype,
         )
         return False
-    if current_platform.is_cpu():
+    if platform.device == "cpu":
         logger.info_once(
             "quantkit: INT%d keys and values, packed: EMULATED on the CPU, the numbers of this format, "
             "no claim about its speed",
             form.bits,
         )
         return True
-    if current_platform.is_cuda():
+    if platform.device == "cuda" and (platform.capability or 0) >= OLDEST_GPU:
         logger.info_once(
             "quantkit: INT%d keys and values, packed, by quantkit's Triton kernel", form.bits
         )
         return True
-    logger.warning_once("quantkit: keys and values in 16 bits on this platform, not in INT4")
+    logger.warning_once("quantkit: keys and values in 16 bits on this device, not in INT4")
     return False

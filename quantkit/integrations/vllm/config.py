@@ -137,8 +137,9 @@ class QuantkitConfig(QuantizationConfig):
         if self._prepared:
             return
         self._prepared, where = True, platform()
-        emulated = where.device == "cpu" and any(
-            choice.emulated for choice in choices_for(self.info.schemes, where)
+        emulated = where.device == "cpu" and (
+            self.info.kv_cache is not None
+            or any(choice.emulated for choice in choices_for(self.info.schemes, where))
         )
         config = get_current_vllm_config_or_none()
         if emulated and config is not None and round_as_transformers(config):
@@ -195,7 +196,7 @@ class QuantkitConfig(QuantizationConfig):
     def _cache_method(self, layer: Attention, prefix: str) -> QuantizeMethodBase | None:
         if self.info.kv_cache is None:
             return self.native.get_quant_method(layer, prefix)
-        if not refuse_or_take(layer, self.info.kv_cache):
+        if not refuse_or_take(layer, self.info.kv_cache, platform()):
             return None
         return PackedKVMethod(self, self.info.kv_cache, self.kv_scales)
 

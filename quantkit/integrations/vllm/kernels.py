@@ -17,7 +17,7 @@ OURS = "quantkit"
 # `quantkit` runs every linear on quantkit's kernels: exact FireQ scales on Hopper, say.
 LINEAR_ENV = "QUANTKIT_VLLM_LINEAR"
 _HOPPER = 90
-_OLDEST_GPU = 80  # of quantkit's Triton kernels
+OLDEST_GPU = 80  # of quantkit's Triton kernels
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def choose(scheme: Scheme, platform: Platform) -> Choice:
     if platform.device == "cpu":
         return _on_cpu(scheme)
     if platform.device == "cuda":
-        if platform.capability is None or platform.capability < _OLDEST_GPU:
+        if platform.capability is None or platform.capability < OLDEST_GPU:
             raise QuantkitError(
                 f"{scheme}: quantkit's kernels need compute capability 8.0, this GPU has "
                 f"{(platform.capability or 0) / 10}; use another recipe, int4 or int8"
