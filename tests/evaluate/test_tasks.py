@@ -11,7 +11,8 @@ from quantkit.runtime.load import load
 
 
 def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in ("lm_eval", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(QuantkitError, match="pip install"):
         run_tasks(None, None, ["anything"])
 
