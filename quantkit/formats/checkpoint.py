@@ -158,7 +158,10 @@ def check_links(folder: Path) -> None:
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
-    for path in (*folder.iterdir(), *(folder / "quantkit").glob("*")):
+    inside = (
+        Path(at, name) for at, folders, files in os.walk(folder) for name in (*folders, *files)
+    )
+    for path in inside:
         if path.is_symlink():
             target = path.resolve()
             if not any(target.is_relative_to(place) for place in allowed):

@@ -143,3 +143,12 @@ def test_not_finite(tmp_path: Path, value: float):
     checkpoint.load("a")
     with pytest.raises(QuantkitError, match="'a' holds NaN or infinity"):
         checkpoint.load("a", finite=True)
+
+
+def test_a_link_that_leads_out_is_found_in_any_folder(tiny, tmp_path: Path):
+    folder = shutil.copytree(tiny(), tmp_path / "model")
+    (tmp_path / "secret").write_text("not yours")
+    (folder / "additional_chat_templates" / "deep").mkdir(parents=True)
+    (folder / "additional_chat_templates" / "deep" / "x.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(QuantkitError, match=r"x\.jinja"):
+        Checkpoint(folder)
