@@ -209,9 +209,8 @@ def experts(run: Run) -> None:
     """A random mixture of experts in each kind of format, the experts on quantkit's kernels; over two ranks, too."""
     source = run.work / "experts"
     _random_experts(source)
-    settings = {
-        "quest-hadamard": ["rotation={block: 128}"]
-    }  # this random model's stream cannot be turned
+    # The stream of a mixture of experts cannot be turned.
+    settings = {"quest-hadamard": ["rotation={block: 128}"]}
     for recipe in ("int4", "crossquant", "crossquant-w4a8", "fireq", "quest-hadamard"):
         folder = run.work / f"experts-{recipe}"
         quantize(str(source), recipe, folder, overwrite=True, overrides=settings.get(recipe))
@@ -220,9 +219,9 @@ def experts(run: Run) -> None:
             with Server(folder, *(["--tensor-parallel-size", "2"] if ranks == 2 else [])) as server:
                 ready = server.ready()
                 found = compare(server.scores(run.texts), wanted) if ready else None
-                told = server.output()[-2000:] if not ready else ""
+                told = "" if ready else server.output()[-2000:]
             run.note("experts", f"{recipe}, {ranks} ranks" if ranks > 1 else recipe, load=found)
-            run.demand(ready, f"experts, {recipe}: started {told}")
+            run.demand(ready, f"experts, {recipe}: the server starts {told}")
             if found:
                 # Experts that give nothing make 0.038 and 0.73 of so small a model.
                 least = GREEDY_BAR if recipe in WEIGHT_ONLY else 0.9

@@ -6,7 +6,7 @@ import torch
 
 from .cpu import kv4 as native
 from .dispatch import Op
-from .quantize_fp8 import E4M3_MAX
+from .quantize_fp8 import E4M3_MAX, safe_divisor
 
 SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
 SMALLEST_E4M3 = 2.0**-9
@@ -40,7 +40,7 @@ def _quantize(
     if scale_dtype == "float8_e4m3fn":
         scale = scale.abs().clamp(SMALLEST_E4M3, E4M3_MAX).copysign(scale)
     stored = scale.to(SCALE_DTYPES[scale_dtype])
-    codes = (x / signed_divisor(stored.float())).round_().clamp_(-8, 7)
+    codes = (x / safe_divisor(stored.float())).round_().clamp_(-8, 7)
     # An empty tensor's strides would not let it be seen as bytes.
     stored = (
         stored.clone(memory_format=torch.contiguous_format)
@@ -50,11 +50,6 @@ def _quantize(
     low, high = (codes + 8).to(torch.uint8).chunk(2, dim=-1)
     tail = stored.reshape(-1).view(torch.uint8).reshape(*x.shape[:-1], stored.itemsize)
     return torch.cat((low | (high << 4), tail), dim=-1)
-
-
-def signed_divisor(scale: torch.Tensor) -> torch.Tensor:
-    """`scale` with its zeros replaced by 1, so that vectors of zeros quantize to zeros, not to NaN."""
-    return torch.where(scale.abs() > 0, scale, torch.ones_like(scale))
 
 
 def _cpu_quantize(

@@ -8,15 +8,7 @@ import torch.nn.functional as F
 from .cpu import kv4 as native
 from .dispatch import Op
 from .gpu_layout import has_fp8
-from .kv4 import (
-    check_packed,
-    check_planar,
-    fits_gpu,
-    interleaved,
-    kv4_dequantize,
-    signed_divisor,
-    split,
-)
+from .kv4 import check_packed, check_planar, fits_gpu, interleaved, kv4_dequantize, split
 from .quantize_fp8 import E4M3, E4M3_MAX, quantize_fp8, safe_divisor
 
 PRODUCTS = ("exact", "fp8")
@@ -92,7 +84,7 @@ def fp8_weights(
 ) -> torch.Tensor:
     """weights [B, Hkv, G, T, S] @ v [B, Hkv, 1, S, D], rounded as `products="fp8"` says."""
     scale = split(value, dim)[1].float()[:, :, None]
-    divisor = signed_divisor(scale)
+    divisor = safe_divisor(scale)
     scaled = weights * scale.transpose(-1, -2)
     unit = safe_divisor(scaled.abs().amax(dim=-1, keepdim=True) / E4M3_MAX)
     return ((scaled / unit).to(E4M3).float() * unit) @ (v / divisor)

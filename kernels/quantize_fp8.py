@@ -13,8 +13,8 @@ LARGEST_ROW = 32768  # that a Triton program holds at once
 
 
 def safe_divisor(scale: torch.Tensor) -> torch.Tensor:
-    """`scale` with its zeros replaced by 1, so that rows of zeros quantize to zeros, not to NaN."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    """`scale`, of either sign, with its zeros replaced by 1: rows of zeros quantize to zeros, not to NaN."""
+    return torch.where(scale.abs() > 0, scale, torch.ones_like(scale))
 
 
 def _reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -96,7 +96,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class KVFormat:
-    """Keys and values in the cache: symmetric INT4 per token and KV head.
+    """Keys and values in the cache: INT4 with a signed scale per token and KV head, no zero point.
 
     `scale` is the storage type of that scale, `bf16` or `fp8`; `query` is `fp8` (per token and head) or
     None (16-bit). Post-RoPE scales, where a layer has them, lie beside the model in quantkit/kv.safetensors.

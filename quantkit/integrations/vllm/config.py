@@ -37,6 +37,7 @@ from quantkit.integrations.vllm.kernels import (
     choices_for,
     choose,
     choose_for_experts,
+    find_expert_schemes,
     find_scheme,
 )
 from quantkit.integrations.vllm.linear import QuantkitLinearMethod
@@ -162,36 +163,16 @@ class QuantkitConfig(QuantizationConfig):
         return QuantkitLinearMethod(scheme)
 
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
-        """Experts of one format for gate and up, and one for down; of 16 bits where none is quantized."""
-        names = {
-            "w13": (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name),
-            "w2": (layer.ckpt_down_proj_name,),
-        }
-        found: dict[str, set[Scheme | None]] = {part: set() for part in names}
-        inside = {
-            name[len(prefix) + 1 :]: scheme
-            for name, scheme in self.info.schemes.items()
-            if name.startswith(f"{prefix}.")
-        }
-        for expert in {name.partition(".")[0] for name in inside}:
-            for part, last in names.items():
-                found[part] |= {inside.get(f"{expert}.{name}") for name in last}
-        if not inside:
-            return self.native.get_quant_method(layer, prefix)
-        schemes = {part: kinds.pop() for part, kinds in found.items() if len(kinds) == 1}
-        known = {part: scheme for part, scheme in schemes.items() if scheme}
-        if len(known) != len(names):
-            raise QuantkitError(
-                f"{prefix}: vLLM runs a layer's experts as one, which needs one format for gate and up and one "
-                "for down; quantize them alike, or use quantkit.load"
-            )
+        gate, up = layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name
+        parts = {"w13": [gate, up] if up else [gate], "w2": [layer.ckpt_down_proj_name]}
+        schemes = find_expert_schemes(prefix, self.info.schemes, parts)
         try:
-            choices = [_choose(choose_for_experts, scheme) for scheme in known.values()]
+            choices = [_choose(choose_for_experts, scheme) for scheme in schemes.values()]
         except QuantkitError as error:
             raise QuantkitError(f"{prefix}: {error}") from error
-        if all(choice.kernel == NATIVE for choice in choices):
+        if all(choice.kernel == NATIVE for choice in choices):  # as where none is quantized
             return self.native.get_quant_method(layer, prefix)
-        return QuantkitExpertsMethod(layer.moe_config, known, prefix)
+        return QuantkitExpertsMethod(layer.moe_config, schemes, prefix)
 
     def _cache_method(self, layer: Attention, prefix: str) -> QuantizeMethodBase | None:
         if self.info.kv_cache is None:

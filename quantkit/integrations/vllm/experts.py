@@ -19,7 +19,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.packed import expected_tensors
 from quantkit.formats.scheme import Scheme
 from quantkit.integrations.vllm.kernels import check_split
-from quantkit.integrations.vllm.linear import DTYPES, packed_linear
+from quantkit.integrations.vllm.linear import blank_tensors, packed_linear
 from quantkit.runtime.linear import QuantLinear
 
 _GATES: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -66,11 +66,9 @@ class QuantkitExpertsMethod(FusedMoEMethodBase):
         for part, (rows, columns) in self.shapes.items():
             scheme = self.schemes[part]
             kind = "channel" if scheme.weights.group_size is None else "group"
-            for name, (dtype, shape) in expected_tensors(scheme, rows, columns).items():
-                data = torch.zeros((num_experts, *shape), dtype=DTYPES[dtype])
-                if dtype == "BF16":
-                    data.fill_(torch.nan)  # what no file fills is found after loading
-                parameter = torch.nn.Parameter(data, requires_grad=False)
+            for name, data in blank_tensors(scheme, rows, columns).items():
+                stacked = data.expand(num_experts, *data.shape).clone()
+                parameter = torch.nn.Parameter(stacked, requires_grad=False)
                 layer.register_parameter(f"{part}_{name}", parameter)
                 loader = extra["weight_loader"]
                 set_weight_attrs(parameter, {"weight_loader": loader, "quant_method": kind})

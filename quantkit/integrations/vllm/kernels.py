@@ -94,13 +94,12 @@ def choose_for_experts(scheme: Scheme, platform: Platform) -> Choice:
     """
     if platform.device == "cpu":
         return _on_cpu(scheme)
-    choice = choose(scheme, platform)
-    if choice.kernel != NATIVE:
+    if not _is_native(scheme, platform):
         raise QuantkitError(
             f"{scheme}: vLLM has no kernel for experts of this format here; "
             "use quantkit.load, or a W4A16 or W8A8 recipe"
         )
-    return choice
+    return Choice(NATIVE, "vLLM's own kernel")
 
 
 def _on_cpu(scheme: Scheme) -> Choice:
@@ -153,6 +152,35 @@ def find_scheme(
             "quantize them alike, or use quantkit.load"
         )
     return found.pop() if found else None
+
+
+def find_expert_schemes(
+    name: str, schemes: Mapping[str, Scheme], parts: Mapping[str, Sequence[str]]
+) -> dict[str, Scheme]:
+    """The scheme of each part of a layer's experts, which vLLM runs as one; empty where none is quantized.
+
+    Args:
+        name: the layer's, in front of the experts' numbers.
+        schemes: module name -> scheme.
+        parts: `w13` -> [`gate_proj`, `up_proj`], `w2` -> [`down_proj`]: the linears that vLLM stacks.
+
+    Raises:
+        QuantkitError: the linears of a part differ.
+    """
+    inside = {key: scheme for key, scheme in schemes.items() if key.startswith(f"{name}.")}
+    experts = {key[len(name) + 1 :].partition(".")[0] for key in inside}
+    found = {}
+    for part, linears in parts.items():
+        kinds = {inside.get(f"{name}.{expert}.{last}") for expert in experts for last in linears}
+        if len(kinds) > 1 or None in kinds:
+            raise QuantkitError(
+                f"{name}: vLLM runs a layer's experts as one, which needs one format for gate and up and one "
+                "for down; quantize them alike, or use quantkit.load"
+            )
+        (scheme,) = kinds or {None}
+        if scheme:
+            found[part] = scheme
+    return found
 
 
 def check_split(name: str, scheme: Scheme, inputs: int, inputs_per_rank: int) -> None:

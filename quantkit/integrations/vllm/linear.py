@@ -26,7 +26,15 @@ from quantkit.formats.scheme import Scheme
 from quantkit.integrations.vllm.kernels import check_split
 from quantkit.runtime.linear import QuantLinear
 
-DTYPES = {"I32": torch.int32, "I64": torch.int64, "I8": torch.int8, "BF16": torch.bfloat16}
+_DTYPES = {"I32": torch.int32, "I64": torch.int64, "I8": torch.int8, "BF16": torch.bfloat16}
+
+
+def blank_tensors(scheme: Scheme, rows: int, columns: int) -> dict[str, torch.Tensor]:
+    """What a linear's files will fill, by last names; scales are NaN, so that one that none fills is found."""
+    return {
+        name: torch.full(shape, torch.nan if dtype == "BF16" else 0, dtype=_DTYPES[dtype])
+        for name, (dtype, shape) in expected_tensors(scheme, rows, columns).items()
+    }
 
 
 def packed_linear(
@@ -78,11 +86,8 @@ class QuantkitLinearMethod(LinearMethodBase):
         )
         load: Callable[..., None] = extra["weight_loader"]
         rows = sum(output_partition_sizes)
-        tensors = expected_tensors(self.scheme, rows, input_size_per_partition)
-        for name, (dtype, shape) in tensors.items():
-            data = torch.zeros(shape, dtype=DTYPES[dtype])
-            if dtype == "BF16":
-                data.fill_(torch.nan)  # what no file fills is found after loading
+        tensors = blank_tensors(self.scheme, rows, input_size_per_partition)
+        for name, data in tensors.items():
             layer.register_parameter(
                 name, self._parameter(name, data, input_size_per_partition, load)
             )

@@ -10,6 +10,8 @@ from quantkit.integrations.vllm.kernels import (
     Platform,
     check_split,
     choose,
+    choose_for_experts,
+    find_expert_schemes,
     find_scheme,
     head_slice,
 )
@@ -17,6 +19,7 @@ from quantkit.integrations.vllm.kernels import (
 CPU, HOPPER, AMPERE, BLACKWELL = (
     Platform("cpu"), Platform("cuda", 90), Platform("cuda", 80), Platform("cuda", 100),
 )  # fmt: skip
+EXPERTS = {"w13": ["gate_proj", "up_proj"], "w2": ["down_proj"]}
 W4A16 = Scheme(WeightFormat(4, 128))
 W8A8 = Scheme(WeightFormat(8, None), ActivationFormat(8))
 W4A8 = Scheme(WeightFormat(4, 128), ActivationFormat(8))
@@ -100,3 +103,32 @@ def test_heads_are_shared_out_and_repeated_where_there_are_fewer_than_ranks():
             head_slice(heads, 0, ranks)
     with pytest.raises(QuantkitError, match=r"kv\.safetensors"):
         head_slice(8, 0, 2, heads_per_rank=1)
+
+
+def experts_of(gate: Scheme, up: Scheme, down: Scheme | None) -> dict[str, Scheme]:
+    found = {}
+    for expert in range(3):
+        for name, scheme in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+            if scheme:
+                found[f"mlp.experts.{expert}.{name}"] = scheme
+    return found
+
+
+def test_a_layers_experts_have_one_format_for_each_part():
+    schemes = experts_of(W4A8, W4A8, QUEST) | {"mlp.experts_gate.gate_proj": W8A8}
+    assert find_expert_schemes("mlp.experts", schemes, EXPERTS) == {"w13": W4A8, "w2": QUEST}
+    assert find_expert_schemes("other.experts", schemes, EXPERTS) == {}
+    one_differs = schemes | {"mlp.experts.2.down_proj": W4A8}
+    for mixed in (experts_of(W4A8, W8A8, QUEST), experts_of(W4A8, W4A8, None), one_differs):
+        with pytest.raises(QuantkitError, match=r"mlp\.experts: .* one format for gate and up"):
+            find_expert_schemes("mlp.experts", mixed, EXPERTS)
+
+
+def test_experts_run_on_quantkits_linears_on_a_cpu_and_on_vllms_kernels_else(monkeypatch):
+    for scheme in (W4A16, W8A8, W4A8, FIREQ, QUEST):
+        assert choose_for_experts(scheme, CPU).kernel == OURS
+    for wish in ("", "quantkit"):  # which is about linears
+        monkeypatch.setenv("QUANTKIT_VLLM_LINEAR", wish)
+        assert choose_for_experts(W4A16, AMPERE).kernel == NATIVE
+        with pytest.raises(QuantkitError, match="no kernel for experts"):
+            choose_for_experts(W4A8, HOPPER)

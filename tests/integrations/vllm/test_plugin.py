@@ -3,11 +3,14 @@
 /path/to/vllm/bin/python -m pytest tests/integrations/vllm/test_plugin.py
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 pytest.importorskip("vllm")
 
+import vllm
 from quantkit.kernels.kv4_attention import kv4_attention
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
@@ -16,18 +19,23 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from vllm.v1.attention.backend import AttentionType
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.config import build_quantization_config
 from quantkit.formats.packed import packed_tensors
 from quantkit.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat
+from quantkit.integrations.vllm import config as config_module
+from quantkit.integrations.vllm import register
 from quantkit.integrations.vllm.attention import (
     PackedBackend,
     PackedImpl,
     PackedMetadata,
     group_sequences,
+    refuse_or_take,
 )
 from quantkit.integrations.vllm.config import QuantkitConfig
+from quantkit.integrations.vllm.kernels import Platform
 from quantkit.runtime.attention import KVQuantizer
 from quantkit.runtime.linear import QuantLinear
 
@@ -292,3 +300,28 @@ def test_a_block_holds_four_bits_a_number():
 def test_a_model_that_packed_attention_does_not_know_is_refused():
     with pytest.raises(QuantkitError, match="capped scores"):
         PackedImpl(4, 32, 1.0, 2, logits_soft_cap=30.0)
+
+
+def test_an_int4_cache_asks_for_its_gpu():
+    attention = SimpleNamespace(attn_type=AttentionType.DECODER, kv_cache_dtype="auto")
+    form = KVFormat(4, "bf16", "fp8")
+    assert refuse_or_take(attention, form, Platform("cpu"))
+    assert refuse_or_take(attention, form, Platform("cuda", 80))
+    assert not refuse_or_take(attention, form, Platform("cuda", 75))
+    assert not refuse_or_take(attention, form, Platform("rocm"))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_cache_alone_is_emulated_too(monkeypatch, cached: bool):
+    """Norms and RoPE must round as transformers' for it: 0.055 from quantkit.load without, 0.000 with."""
+    asked = []
+    monkeypatch.setattr(config_module, "round_as_transformers", lambda _: asked.append(1))
+    form = KVFormat(4, "bf16", "fp8") if cached else None
+    QuantkitConfig.from_config(build_quantization_config({}, ["lm_head"], form, {}))._prepare()
+    assert bool(asked) == cached
+
+
+def test_an_older_vllm_is_refused_in_a_line(monkeypatch):
+    monkeypatch.setattr(vllm, "__version__", "0.31.2")
+    with pytest.raises(ImportError, match=r"needs vLLM 0\.32, this is 0\.31\.2: pip install"):
+        register()
