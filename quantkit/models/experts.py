@@ -51,16 +51,28 @@ class Stack:
     interleaved: bool = False
     sorted: bool = False
 
-    def matrix(self, gate_up: torch.Tensor, which: str) -> torch.Tensor:
-        """[out, in] of `gate` or `up` from one expert's stored gate_up."""
-        both = gate_up.T if self.transposed else gate_up
+    def matrix(self, stored: torch.Tensor, which: str) -> torch.Tensor:
+        """[out, in] of `gate`, `up` or `down` from one expert's stored gate_up or down."""
+        whole = stored.T if self.transposed else stored
+        if which == "down":
+            return whole
         if self.interleaved:
-            return both[0::2] if which == "gate" else both[1::2]
-        half = both.shape[0] // 2
-        return both[:half] if which == "gate" else both[half:]
+            return whole[0::2] if which == "gate" else whole[1::2]
+        half = whole.shape[0] // 2
+        return whole[:half] if which == "gate" else whole[half:]
 
-    def down(self, down: torch.Tensor) -> torch.Tensor:
-        return down.T if self.transposed else down
+    def stored_rows(self, which: str, rows: tuple[int, int], stored: int) -> slice | None:
+        """Where rows [first, last) of a matrix lie among the `stored` rows of its tensor; None where they are columns."""
+        first, last = rows
+        if self.transposed:
+            return None
+        if which == "down":
+            return slice(first, last, 1)
+        if self.interleaved:
+            offset = which == "up"
+            return slice(2 * first + offset, 2 * last, 2)
+        offset = stored // 2 if which == "up" else 0
+        return slice(offset + first, offset + last, 1)
 
 
 class Expert(nn.Module):
@@ -148,7 +160,7 @@ class LinearExperts(nn.Module):
             for name, matrix in (
                 (gate, self.stack.matrix(gate_up[number], "gate")),
                 (up, self.stack.matrix(gate_up[number], "up")),
-                (last, self.stack.down(down[number])),
+                (last, self.stack.matrix(down[number], "down")),
             ):
                 getattr(expert, name).weight = nn.Parameter(matrix, requires_grad=False)
 

@@ -16,7 +16,7 @@ import torch
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import TORCH_DTYPES, Checkpoint, TensorInfo
 from quantkit.formats.config import QuantizationInfo
-from quantkit.models.experts import LinearExperts
+from quantkit.models.experts import LinearExperts, Stack
 
 _STACKED = ("gate_up_proj", "down_proj")
 
@@ -45,6 +45,8 @@ class ModelCheckpoint(Checkpoint):
         self._experts: dict[str, LinearExperts] = {
             name: m for name, m in skeleton.named_modules() if isinstance(m, LinearExperts)
         }
+        # (stack and number, matrix) of the expert that was read last.
+        self._last: tuple[tuple[int, int], torch.Tensor] | None = None
         naming = _Naming(skeleton, self._experts)
         self.tensors = {}
         for name, info in source.tensors.items():
@@ -93,31 +95,64 @@ class ModelCheckpoint(Checkpoint):
     ) -> torch.Tensor:
         if name not in self._slices:
             return super().read(name, rows=rows, finite=finite)
-        part = self._slices[name]
-        stack = self._experts[name.rpartition(".")[0].rsplit(".", 2)[0]].stack
-        step = part.tensor.bytes // part.tensor.shape[0]
-        raw = self._bytes(name, part.expert * step, (part.expert + 1) * step)
-        stored = raw.view(TORCH_DTYPES[part.tensor.dtype]).reshape(part.tensor.shape[1:])
-        matrix = stack.down(stored) if part.matrix == "down" else stack.matrix(stored, part.matrix)
-        matrix = matrix if rows is None else matrix[rows[0] : rows[1]]
+        matrix = self._expert_rows(name, rows or (0, self.tensors[name].shape[0]))
         if finite:
             self._check_finite(name, matrix)
         return matrix.contiguous()
 
+    def _expert_rows(self, name: str, rows: tuple[int, int]) -> torch.Tensor:
+        """Rows of one expert's matrix; no more is read than they, where they lie as rows."""
+        part = self._slices[name]
+        stack = self._stack(name)
+        form = part.tensor.shape[1:]
+        row = part.tensor.bytes // part.tensor.shape[0] // form[0]
+        first = part.expert * form[0]
+
+        def stored(here: slice) -> torch.Tensor:
+            raw = self._bytes(name, (first + here.start) * row, (first + here.stop) * row)
+            return raw.view(TORCH_DTYPES[part.tensor.dtype]).reshape(-1, form[1])
+
+        if (place := stack.stored_rows(part.matrix, rows, form[0])) is not None:
+            return stored(slice(place.start, place.stop))[:: place.step]
+        # They lie across: the whole expert is read, once for all who ask for its rows one after the other.
+        key = (id(part.tensor), part.expert)
+        if self._last is None or self._last[0] != key:
+            self._last = None  # before the next one takes as much
+            self._last = (key, stored(slice(0, form[0])))
+        return stack.matrix(self._last[1], part.matrix)[rows[0] : rows[1]]
+
+    def _stack(self, name: str) -> Stack:
+        """How the module keeps its experts that a slice is of."""
+        return self._experts[name.rpartition(".")[0].rsplit(".", 2)[0]].stack
+
+    @property
+    def kept_bytes(self) -> int:
+        """The most that reading keeps in memory: an expert whose rows lie across."""
+        return max(
+            (
+                part.tensor.bytes // part.tensor.shape[0]
+                for name, part in self._slices.items()
+                if self._stack(name).transposed
+            ),
+            default=0,
+        )
+
     def load(self, name: str, *, finite: bool = False) -> torch.Tensor:
         return self.read(name, finite=finite)
 
-    def pieces(self, name: str, size: int = 16 << 20) -> Iterator[torch.Tensor]:
-        if name in self._slices:
-            yield self.read(name, finite=True).reshape(-1)
-        else:
-            yield from super().pieces(name, size)
-
     def raw(self, name: str, size: int = 16 << 20) -> Iterator[torch.Tensor]:
-        if name in self._slices:
-            yield self.read(name).reshape(-1).view(torch.uint8)
-        else:
+        if name not in self._slices:
             yield from super().raw(name, size)
+            return
+        count = self.tensors[name].shape[0]
+        step = max(1, size * count // max(self.tensors[name].bytes, 1))
+        for first in range(0, count, step):
+            rows = (first, min(first + step, count))
+            yield self.read(name, rows=rows).reshape(-1).view(torch.uint8)
+
+    def close(self) -> None:
+        self._last = None
+        super().close()
 
 
 def check_complete(model: Any, checkpoint: Checkpoint) -> None:

@@ -9,10 +9,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_model, save_model, save_tokenizer
 
 import quantkit
+from quantkit import plain
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.models.experts import Stack
 from quantkit.models.files import ModelCheckpoint
 from quantkit.models.structure import build_skeleton, load_config
-from quantkit.verify import verify
+from quantkit.verify import Verification, verify
 
 MODEL = "model.safetensors"
 
@@ -100,3 +102,40 @@ def test_rows_and_pieces_of_an_expert(tmp_path: Path):
     assert torch.equal(names.read(name), want)
     assert torch.equal(names.read(name, rows=(5, 9)), want[5:9])
     assert torch.equal(torch.cat(list(names.pieces(name))).view_as(want), want)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("which", ["gate", "up", "down"])
+def test_stored_rows_are_the_matrix_rows(transposed: bool, interleaved: bool, which: str):
+    stack, stored = Stack(transposed, interleaved), torch.arange(12 * 4).view(12, 4)
+    want = stack.matrix(stored, which)
+    for rows in ((0, 1), (1, 3), (0, len(want))):
+        place = stack.stored_rows(which, rows, 12)
+        assert (place is None) == transposed
+        if place is not None:
+            assert torch.equal(stored[place], want[slice(*rows)])
+
+
+@pytest.mark.parametrize("variant", ["qwen3-moe", "llama4"])
+def test_experts_in_one_tensor_are_read_once(variant: str, tmp_path: Path, monkeypatch):
+    """However few rows are rounded at a time: reading a whole expert for each of them would take days at 400B."""
+    make_model(variant).to(torch.bfloat16).save_pretrained(
+        str(tmp_path / "m"), save_original_format=False
+    )
+    save_tokenizer(tmp_path / "m")
+    read, real = {"bytes": 0}, Checkpoint._bytes
+
+    def counted(self, name: str, first: int, last: int) -> torch.Tensor:
+        if ".experts." in name:
+            read["bytes"] += last - first
+        return real(self, name, first, last)
+
+    monkeypatch.setattr(plain, "ELEMENTS", 1 << 10)
+    names = open_in_model_names(tmp_path / "m")
+    size = sum(info.bytes for name, info in names.tensors.items() if ".experts." in name)
+    monkeypatch.setattr(Checkpoint, "_bytes", counted)
+    monkeypatch.setattr("quantkit.verify.verify", lambda *_, **__: Verification())
+    quantkit.quantize(str(tmp_path / "m"), "int4", tmp_path / "q")
+    assert size > 1 << 18
+    assert read["bytes"] == size
