@@ -19,7 +19,7 @@ from quantkit.allocation.allocate import (
     widths_for,
 )
 from quantkit.calibration.activations import Activations
-from quantkit.calibration.curvature import output_curvature
+from quantkit.calibration.curvature import output_curvature, read_root
 from quantkit.calibration.data import CalibrationSet, calibration_blocks
 from quantkit.calibration.sources import check_sources, named_samples
 from quantkit.calibration.stream import LayerStream, observe
@@ -28,7 +28,7 @@ from quantkit.errors import QuantkitError
 from quantkit.estimate import check_disk, choose_offload
 from quantkit.finish import RECIPE_FILE, Progress, complete, summary
 from quantkit.formats.packed import packed_tensors
-from quantkit.formats.writer import OutputFolder, clear_up
+from quantkit.formats.writer import OutputFolder, clear_up, writing
 from quantkit.layer import QuantizedLayer, quantize_layer
 from quantkit.models.groups import LayerStructure
 from quantkit.models.tokenizer import load_tokenizer
@@ -214,26 +214,13 @@ def _quantize_layers(
             ranks=ranks,
             products=_products(plan, device),
         )
-    curvature = None
-    if plan.recipe.refine and plan.recipe.refine.curvature and data:
-        with state.stage("curvature"):
-            curvature = output_curvature(
-                plan.checkpoint,
-                plan.skeleton,
-                plan.structure,
-                data.tokens,
-                device,
-                basis=plan.basis,
-            )
-        for root in curvature or ():
-            ranks.leaders_tensor(root)
+    measured = _measure_curvature(plan, data, device, folder, state, store, ranks)
     for number in _unfinished(plan, state, tell):
         # Whatever is drawn at random is a function of seed and layer, also in a run that was gone on with.
         with torch.random.fork_rng():
             torch.manual_seed(seed * 1_000_003 + number)
-            result = _one_layer(
-                plan, stream, number, folder, state, curvature[number] if curvature else None, ranks
-            )
+            root = _curvature_of(number, stream, folder, ranks) if measured else None
+            result = _one_layer(plan, stream, number, folder, state, root, ranks)
         state.layers.append(result.report)
         if result.post_scale is not None:
             state.scales[str(number)] = result.post_scale.cpu()
@@ -241,6 +228,43 @@ def _quantize_layers(
             folder.end_of_layer()
         state.done = number + 1
         state.save(stream.chains(), store)
+
+
+def _measure_curvature(
+    plan: Plan,
+    data: CalibrationSet | None,
+    device: torch.device,
+    folder: OutputFolder | None,
+    state: RunState,
+    store: Activations,
+    ranks: Ranks,
+) -> bool:
+    """Whether every layer's curvature lies beside the output; measured once in a run, by the first process."""
+    if not (plan.recipe.refine and plan.recipe.refine.curvature and data):
+        return False
+    if folder and state.curvature is None:
+        with state.stage("curvature"), ranks.leader_works(), writing(folder.work):
+            state.curvature = output_curvature(
+                plan.checkpoint,
+                plan.skeleton,
+                plan.structure,
+                data.tokens,
+                device,
+                folder.work,
+                basis=plan.basis,
+            )
+        state.save({}, store)
+    return bool(ranks.leaders(state.curvature))
+
+
+def _curvature_of(
+    number: int, stream: LayerStream, folder: OutputFolder | None, ranks: Ranks
+) -> torch.Tensor:
+    assert stream.hidden is not None
+    width = stream.hidden.shape[-1]
+    root = read_root(folder.work, number) if folder else torch.empty(width, width)
+    ranks.leaders_tensor(root)
+    return root
 
 
 def _products(plan: Plan, device: torch.device) -> torch.dtype:

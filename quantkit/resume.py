@@ -19,6 +19,7 @@ import torch
 import quantkit
 from quantkit.calibration.activations import Activations
 from quantkit.calibration.data import CalibrationSet
+from quantkit.device import product_dtype
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint, read_json
 from quantkit.formats.writer import UNFINISHED, OutputFolder, difference, writing
@@ -26,7 +27,7 @@ from quantkit.plan import Plan
 from quantkit.ranks import Ranks
 
 # Of the state's form and meaning.
-_VERSION = 1
+_VERSION = 2
 
 
 def describe_run(
@@ -45,6 +46,8 @@ def describe_run(
         "calibration": data.to_dict() if data else None,
         "seed": seed,
         "device": device.type,
+        # Processors that multiply bfloat16 by themselves use it for products that only measure.
+        "products": str(product_dtype(device, 4)).removeprefix("torch."),
     }
 
 
@@ -105,6 +108,7 @@ class RunState:
 
     Attributes:
         done: decoder layers that are finished.
+        curvature: whether every layer's is known and kept beside the state; None before it was measured.
         copied: whether the tensors outside the layers are written too.
         layers: the layers' reports.
         scales: layer -> factor on keys after RoPE.
@@ -116,6 +120,7 @@ class RunState:
         self._started = time.monotonic()
         kept = kept or {}
         self.done: int = kept.get("done", 0)
+        self.curvature: bool | None = kept.get("curvature")
         self.copied: bool = kept.get("copied", False)
         self.layers: list[dict[str, Any]] = kept.get("layers", [])
         self.scales = {n: torch.tensor(values) for n, values in kept.get("scales", {}).items()}
@@ -148,6 +153,7 @@ class RunState:
             self._folder.save(
                 {
                     "done": self.done,
+                    "curvature": self.curvature,
                     "copied": self.copied,
                     "layers": self.layers,
                     "scales": {name: tensor.tolist() for name, tensor in self.scales.items()},

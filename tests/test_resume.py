@@ -67,6 +67,29 @@ def test_a_killed_run_goes_on(tiny, text, tmp_path: Path, monkeypatch, quantized
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_the_curvature_is_measured_once(tiny, text, tmp_path: Path, monkeypatch):
+    """Hours at 70B: a run that goes on has it on its disk."""
+
+    def once(out: Path) -> None:
+        refine = ["refine={steps: 4}"]
+        quantize(str(tiny()), "gptq", out, calib=str(text), overrides=refine, **SETTINGS)
+
+    from quantkit import pipeline
+
+    once(tmp_path / "whole")
+    out = tmp_path / "killed"
+    for layers in (0, 1):
+        with monkeypatch.context() as patched:
+            kill_after(patched, layers)
+            if layers:
+                patched.setattr(pipeline, "output_curvature", None)
+            with pytest.raises(Killed):
+                once(out)
+    monkeypatch.setattr(pipeline, "output_curvature", None)
+    once(out)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_another_runs_state_is_not_used(tiny, text, tmp_path: Path, monkeypatch):
     out = tmp_path / "out"
 

@@ -11,14 +11,18 @@ with sampled labels, Martens and Grosse's (K-FAC, arXiv 1503.05671); that it be 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from quantkit.calibration.activations import Activations
 from quantkit.calibration.stream import LayerStream
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.models.rotating import ResidualBasis
@@ -26,7 +30,7 @@ from quantkit.models.structure import Structure
 
 Forward = Callable[[Tensor], Tensor]
 # Blocks of text that it is measured on.
-_BLOCKS = 16
+BLOCKS = 16
 
 # Share of the mean eigenvalue added to all: directions that the few tokens seen did not need may matter to others.
 _RIDGE = 0.1
@@ -38,43 +42,70 @@ def output_curvature(
     structure: Structure,
     tokens: Tensor,
     device: torch.device,
+    folder: Path,
     seed: int = 0,
     basis: ResidualBasis | None = None,
-) -> list[Tensor] | None:
+) -> bool:
     """Per decoder layer a root C float32 [width, width] of its output's curvature: 1/2 |e / r C|^2 is in nats.
 
-    Runs the original model once forwards and once backwards over some blocks, a layer in memory at a time; keeps
-    those blocks' hidden states at every layer.
+    Runs the original model once forwards and once backwards over some blocks, a layer in memory at a time. Those blocks'
+    hidden states at every layer are in mapped files, and so are the roots in the end: `read_root` gives them.
 
     Args:
         skeleton: with its parameters on the meta device; it is left so.
         tokens: int64 [samples, seqlen]; the first blocks are used.
+        folder: for the files.
         basis: what errors are given in, where the residual stream is turned.
 
     Returns:
-        None where the model's end is not a norm and a linear.
+        Whether it is known: not where the model's end is no norm and linear.
+
+    Raises:
+        OSError: the disk has no room.
     """
-    stream = LayerStream(checkpoint, skeleton, structure, tokens[:_BLOCKS], device)
+    store = Activations(folder, offload=True)
+    stream = LayerStream(checkpoint, skeleton, structure, tokens[:BLOCKS], device, store=store)
     assert stream.hidden is not None
     hidden = [stream.hidden]
     for number in range(structure.num_layers):
+        outputs = store.empty(*stream.hidden.shape)
         with stream.original(number) as layer, torch.no_grad():
-            outputs = [stream.forward(layer, number, x) for x in hidden[-1].split(1)]
-            hidden.append(torch.cat(outputs).to(hidden[0].device))
+            for n, block in enumerate(hidden[-1].split(1)):
+                outputs[n] = stream.forward(layer, number, block)[0]
+        hidden.append(outputs)
+        store.release()
     with _head(checkpoint, skeleton, structure, device) as head:
         if head is None:
-            return None
+            return False
         gradient = _at_the_end(head, hidden[-1], device, seed)
-    roots = [_root(hidden[-1], gradient)]
-    for number in reversed(range(1, structure.num_layers)):
-        with stream.original(number) as layer:
-            forward = partial(stream.forward, layer, number)
-            gradient = _through(forward, hidden[number], gradient, device)
-        roots.append(_root(hidden[number], gradient))
-    if basis:
+    for number in reversed(range(structure.num_layers)):
+        # Of the layer's output, and so of the next one's input.
+        root = _root(hidden[number + 1], gradient)
         # |e C| = |turn(e) C'| for C' = R^T C.
-        roots = [basis.turn(root.T).T.contiguous() for root in roots]
-    return roots[::-1]
+        _write_root(folder, number, basis.turn(root.T).T if basis else root)
+        if number:
+            with stream.original(number) as layer:
+                forward = partial(stream.forward, layer, number)
+                gradient = _through(forward, hidden[number], gradient, device)
+        store.release()
+    return True
+
+
+def _write_root(folder: Path, number: int, root: Tensor) -> None:
+    """Safe on the disk: a run that is gone on with relies on it."""
+    path = _root_file(folder, number)
+    save_file({"root": root.contiguous()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_root(folder: Path, number: int) -> Tensor:
+    """What `output_curvature` left for a decoder layer."""
+    return load_file(_root_file(folder, number))["root"]
+
+
+def _root_file(folder: Path, number: int) -> Path:
+    return folder / f"curvature-{number}.safetensors"
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class Stack:
         if which == "down":
             return slice(first, last, 1)
         if self.interleaved:
-            offset = which == "up"
+            offset = 1 if which == "up" else 0
             return slice(2 * first + offset, 2 * last, 2)
         offset = stored // 2 if which == "up" else 0
         return slice(offset + first, offset + last, 1)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import torch
 
-from quantkit.calibration.curvature import _RIDGE, output_curvature
+from quantkit.calibration.curvature import _RIDGE, output_curvature, read_root
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.models.rotating import residual_basis
 from quantkit.models.structure import build_skeleton, find_structure, load_config
@@ -14,16 +14,22 @@ def setup(folder: Path):
     return checkpoint, skeleton, find_structure(skeleton, "m")
 
 
+def roots_of(folder: Path, tokens: torch.Tensor, model: Path, basis=None) -> list[torch.Tensor]:
+    checkpoint, skeleton, structure = setup(model)
+    folder.mkdir()
+    device = torch.device("cpu")
+    assert output_curvature(checkpoint, skeleton, structure, tokens, device, folder, basis=basis)
+    assert all(p.is_meta for p in skeleton.parameters())
+    assert len(list(folder.iterdir())) == structure.num_layers
+    return [read_root(folder, number) for number in range(structure.num_layers)]
+
+
 def test_it_predicts_the_divergence_that_a_small_error_causes(tiny, tmp_path: Path):
     """The whole model, loaded and disturbed after its first layer, beside 1/2 e^T F e."""
     from transformers import AutoModelForCausalLM
 
-    checkpoint, skeleton, structure = setup(tiny())
     tokens = torch.randint(0, 512, (16, 64), generator=torch.Generator().manual_seed(0))
-    roots = output_curvature(checkpoint, skeleton, structure, tokens, torch.device("cpu"))
-    assert roots is not None
-    assert len(roots) == structure.num_layers
-    assert all(p.is_meta for p in skeleton.parameters())
+    roots = roots_of(tmp_path / "roots", tokens, tiny())
 
     model = AutoModelForCausalLM.from_pretrained(str(tiny()), dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
@@ -45,20 +51,18 @@ def test_it_predicts_the_divergence_that_a_small_error_causes(tiny, tmp_path: Pa
     assert 0.7 < got / (want * (1 + _RIDGE)) < 1.4
 
 
-def test_the_same_tokens_give_the_same(tiny):
+def test_the_same_tokens_give_the_same(tiny, tmp_path: Path):
     tokens = torch.arange(64).view(2, 32)
-    first, again = (output_curvature(*setup(tiny()), tokens, torch.device("cpu")) for _ in range(2))
-    assert first is not None
-    assert again is not None
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    first, again = (roots_of(tmp_path / name, tokens, tiny()) for name in "ab")
+    assert all(map(torch.equal, first, again))
 
 
-def test_in_a_turned_stream_the_same_error_costs_the_same(tiny):
-    tokens, device = torch.arange(64).view(2, 32), torch.device("cpu")
-    plain = output_curvature(*setup(tiny()), tokens, device)
-    checkpoint, skeleton, structure = setup(tiny())
+def test_in_a_turned_stream_the_same_error_costs_the_same(tiny, tmp_path: Path):
+    tokens = torch.arange(64).view(2, 32)
+    plain = roots_of(tmp_path / "plain", tokens, tiny())
+    _, skeleton, structure = setup(tiny())
     basis = residual_basis(skeleton, structure, "m")
-    turned = output_curvature(checkpoint, skeleton, structure, tokens, device, basis=basis)
+    turned = roots_of(tmp_path / "turned", tokens, tiny(), basis)
     error = torch.randn(8, 256, generator=torch.Generator().manual_seed(1))
     for root, other in zip(plain, turned, strict=True):
         want, got = (error @ root).norm(dim=-1), (basis.turn(error) @ other).norm(dim=-1)
