@@ -118,7 +118,9 @@ def _write_and_verify(
                 trust_remote_code=trust_remote_code,
             ).problems
         if problems:
-            raise InternalError(f"{folder.path}: the output does not verify: {problems[0]}")
+            raise InternalError(
+                f"{folder.path}: the output does not verify: {problems[0]}; quantize --overwrite makes it anew"
+            )
         report["seconds"] = round(state.elapsed, 2)
         report["stages"] = {name: round(seconds, 2) for name, seconds in state.seconds.items()}
         write_json(output / REPORT_FILE, report)

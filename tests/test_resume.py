@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quantkit import quantize
-from quantkit.errors import QuantkitError
+from quantkit.errors import InternalError, QuantkitError
 from quantkit.formats import writer
 from quantkit.formats.writer import UNFINISHED
 
@@ -152,6 +152,33 @@ def test_bad_input_leaves_nothing_and_a_finished_run_is_left_alone(tiny, tmp_pat
     assert "unchanged" not in first
     with pytest.raises(QuantkitError, match="--overwrite"):
         quantize(str(tiny()), "int8", out)
+
+
+def test_what_did_not_verify_is_made_anew(tiny, tmp_path: Path, monkeypatch):
+    """A bit that a disk turns over; gone on with, the same bytes would only be read again."""
+    out, real = tmp_path / "out", Path.rename
+
+    def spoil(self: Path, target: Path) -> Path:
+        if self.name == "shard-00001.safetensors":
+            data = bytearray(self.read_bytes())
+            data[-1] ^= 1
+            self.write_bytes(data)
+        return real(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", spoil)
+        with pytest.raises(
+            InternalError, match=r"in other bytes than were written.*; quantize --overwrite"
+        ):
+            quantize(str(tiny()), "int4", out)
+    with pytest.raises(
+        QuantkitError, match=r"in other bytes than were written.*; quantize --overwrite"
+    ):
+        quantize(str(tiny()), "int4", out)
+    assert not (out / "config.json").exists()
+    quantize(str(tiny()), "int4", out, overwrite=True)
+    quantize(str(tiny()), "int4", tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_two_at_once(tiny, tmp_path: Path):

@@ -6,8 +6,10 @@ What is in it up to the last `state()` survives whatever happens to the process:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +30,12 @@ SIZES = {name: torch.empty(0, dtype=dtype).element_size() for dtype, name in DTY
 _HEADER_ROOM = (4096, 8 << 20)
 # Below this many bytes a closed shard is written again without the unused room.
 _COMPACT = 64 << 20
-_CHUNK = 16 << 20
+_CHUNK = 4 << 20
 
 
 class Entry(dict[str, Any]):
-    """A tensor of a shard: name, dtype (safetensors' name), shape, bytes, start (from the first data byte)."""
+    """A tensor of a shard: name, dtype (safetensors' name), shape, bytes, start (from the first data byte), crc (CRC-32 of
+    the bytes before they went to the disk)."""
 
 
 class ShardWriter:
@@ -124,7 +127,14 @@ class ShardWriter:
         if pieces.bytes != want:
             raise ValueError(f"tensor {name!r}: {pieces.bytes} bytes were written, it has {want}")
         shard.append(
-            Entry(name=name, dtype=dtype, shape=list(shape), bytes=want, start=_end(shard))
+            Entry(
+                name=name,
+                dtype=dtype,
+                shape=list(shape),
+                bytes=want,
+                start=_end(shard),
+                crc=pieces.crc,
+            )
         )
         self._names.add(name)
 
@@ -203,12 +213,31 @@ class Pieces:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self.bytes = 0
+        self.bytes = self.crc = 0
 
     def write(self, piece: torch.Tensor) -> None:
         flat = piece.detach().contiguous().reshape(-1).view(torch.uint8)
-        self._file.write(flat.numpy().data)
+        data = flat.numpy().data
+        self.crc = zlib.crc32(data, self.crc)
+        self._file.write(data)
         self.bytes += flat.numel()
+
+
+def hash_shard(path: Path, shard: list[Entry]) -> tuple[str, list[str]]:
+    """The sha256 of a closed shard, and the tensors in it whose bytes are not those that were given to be written."""
+    digest, damaged = hashlib.sha256(), []
+    with path.open("rb") as file:
+        length = file.read(8)
+        digest.update(length)
+        digest.update(file.read(int.from_bytes(length, "little")))
+        for entry in sorted(shard, key=lambda entry: int(entry["start"])):
+            crc, left = 0, int(entry["bytes"])
+            while left and (block := file.read(min(left, _CHUNK))):
+                digest.update(block)
+                crc, left = zlib.crc32(block, crc), left - len(block)
+            if left or crc != entry["crc"]:
+                damaged.append(str(entry["name"]))
+    return digest.hexdigest(), damaged
 
 
 def _end(shard: list[Entry]) -> int:

@@ -25,9 +25,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from quantkit.errors import QuantkitError, WriteError
+from quantkit.errors import InternalError, QuantkitError, WriteError
 from quantkit.formats.checkpoint import INDEX, SINGLE, read_json
-from quantkit.formats.shards import Pieces, ShardWriter
+from quantkit.formats.shards import Pieces, ShardWriter, hash_shard
 
 UNFINISHED = ".unfinished"
 _STATE = "state.json"
@@ -245,7 +245,8 @@ class OutputFolder:
             What `save` was last given, or None for a new start.
 
         Raises:
-            QuantkitError: the folder holds another run's unfinished output and `overwrite` is not set.
+            QuantkitError: the folder holds another run's unfinished output, or what did not pass `finish`'s check, and
+                `overwrite` is not set.
         """
         run = json.loads(json.dumps(run, default=str))
         self._run, saved = run, self._saved()
@@ -255,7 +256,10 @@ class OutputFolder:
                 f"{self.path}: holds the unfinished output of another run ({what}); "
                 "--overwrite discards it, -o chooses another folder"
             )
-        if run and saved.get("run") == run:
+        same, failed = bool(run) and saved.get("run") == run, saved.get("failed")
+        if same and failed and not self._overwrite:
+            raise QuantkitError(failed)
+        if same and not failed:
             try:
                 self._writer = ShardWriter(
                     self.work, self._shard_bytes, self._tensors, saved["writer"]
@@ -335,10 +339,14 @@ class OutputFolder:
             with writing(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 write(target)
-        hashes = {name: sha256(self.output / name) for name in names}
-        write_json(self.output / "config.json", config(hashes))
-        if check is not None:
-            check(self.output)
+        try:
+            write_json(self.output / "config.json", config(self._hashes(names)))
+            if check is not None:
+                check(self.output)
+        except InternalError as error:
+            # Gone on with, the same bytes would only fail again.
+            self.save(kept, failed=str(error))
+            raise
         with writing(self.output):
             for file in self.output.rglob("*"):
                 if file.is_file():
@@ -366,6 +374,18 @@ class OutputFolder:
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             write_json(self.output / INDEX, index)
         return names
+
+    def _hashes(self, names: list[str]) -> dict[str, str]:
+        """The sha256 of each shard, whose tensors are seen to be on the disk as they were in memory."""
+        hashes = {}
+        for name, shard in zip(names, self._shards.shards):
+            hashes[name], damaged = hash_shard(self.output / name, shard)
+            if damaged:
+                raise InternalError(
+                    f"{self.path}: {damaged[0]} is on the disk in other bytes than were written, look after the disk and the "
+                    "memory of this machine; quantize --overwrite makes it anew"
+                )
+        return hashes
 
     def _publish(self) -> None:
         """Move the finished files up; killed in the middle, the next start goes on with it."""
