@@ -25,7 +25,7 @@ class Plan:
 
     Attributes:
         schemes: module -> scheme.
-        unquantized_linears: linears that stay as they are.
+        unquantized_linears: linears that stay as they are, also those that transformers does not build.
         linear_bytes: bytes of the quantized linears' weights, before and after.
         total_bytes: bytes of the whole checkpoint, before and after.
         estimate: memory, disk and time.
@@ -117,6 +117,8 @@ def make_plan(
     schemes = recipe.resolve(structure, linears)
     # Routers are no linears to transformers, but to vLLM they are.
     linears += [name for name in structure.others() if name not in linears]
+    strangers = _strangers(checkpoint, skeleton)
+    linears += strangers
     if why := refused(structure, recipe):
         raise QuantkitError(f"{model}: {why}")
     before = {name: checkpoint.tensors[f"{name}.weight"].bytes for name in schemes}
@@ -152,7 +154,7 @@ def make_plan(
         ),
         servers=who_serves(schemes, recipe.kv_format()),
         whole={n: _cut(structure, schemes, n) for n in (1, 2, 4, 8)},
-        notes=left_out(structure, recipe),
+        notes=left_out(structure, recipe) + (_beside(strangers) if basis else []),
         basis=basis,
     )
 
@@ -194,6 +196,27 @@ def left_out(structure: Structure, recipe: Recipe) -> list[str]:
             if wanted and group.feeder is None:
                 notes[f"no factor at {group.name}: {group.why_not}"] = None
     return list(notes)
+
+
+def _strangers(checkpoint: ModelCheckpoint, skeleton: Any) -> list[str]:
+    """Modules with a matrix that transformers does not build (heads for drafts, mostly); they are kept as they are."""
+    known = skeleton.state_dict(keep_vars=True)
+    return [
+        name.removesuffix(".weight")
+        for name, info in checkpoint.tensors.items()
+        if name not in known and name.endswith(".weight") and len(info.shape) == 2
+    ]
+
+
+def _beside(strangers: list[str]) -> list[str]:
+    """What a turned residual stream means for modules that are kept as they are."""
+    if not strangers:
+        return []
+    count = f"{len(strangers)} modules such as " if len(strangers) > 1 else ""
+    return [
+        f"no turning of {count}{strangers[0]}: transformers does not build it; if it drafts tokens from the "
+        "residual stream, which is turned, serve without speculative decoding"
+    ]
 
 
 def _check_types(checkpoint: Checkpoint, skeleton: Any, structure: Structure) -> None:

@@ -250,6 +250,9 @@ def _learn(
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
             optimizer.step()
+            # Before the next ones are there: each is as large as the layer.
+            optimizer.zero_grad()
+            del gradients
             schedule.step()
             if step % max(1, settings.steps // _CHECKS) == 0 or step == settings.steps:
                 now = task.held_out_loss(device)

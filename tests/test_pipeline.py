@@ -12,6 +12,7 @@ from tiny_models import save_model
 from quantkit import Recipe, load, quantize
 from quantkit.errors import InternalError, QuantkitError
 from quantkit.formats.checkpoint import INDEX, Checkpoint
+from quantkit.plan import make_plan
 from quantkit.recipe import recipe_names
 from quantkit.verify import verify
 
@@ -112,6 +113,12 @@ def test_tensors_that_transformers_does_not_know_survive(tiny, tmp_path: Path):
     out = Checkpoint(tmp_path / "out")
     for name, tensor in extra.items():
         assert torch.equal(out.load(name), tensor)
+    # Servers that do build it look for it among what is not quantized.
+    assert "mtp.head" in out.config["quantization_config"]["ignore"]
+    assert not make_plan(str(source), Recipe.load("int4")).notes
+    (note,) = make_plan(str(source), Recipe.load("quest-hadamard")).notes
+    assert "mtp.head" in note
+    assert "without speculative decoding" in note
 
 
 def test_everything_unquantized_is_copied_byte_for_byte(quantized, tiny):
