@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,28 @@ from typing import Any
 import torch
 
 from quantkit import memory
+from quantkit.calibration.curvature import BLOCKS, TOKENS
 from quantkit.errors import QuantkitError
-from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.scheme import Scheme
-from quantkit.models.groups import LayerStructure
+from quantkit.models.files import ModelCheckpoint
+from quantkit.models.groups import PLACES, LayerStructure
 from quantkit.models.structure import Structure
 from quantkit.recipe import Recipe
 
 # Python with torch, transformers and what a run imports on the way; where the system does not say, the first alone.
 _LIBRARIES = 420 << 20
-_LATER_IMPORTS = 110 << 20
 _LATER_IMPORTS_PLAIN = 45 << 20
+# With what the products' library keeps for itself.
+_LATER_IMPORTS = 200 << 20
+# Kernels for every number of tokens that an expert sees, and holes in the heap between small weights.
+_EXPERTS = 100 << 20
 # Rounding passes hold this many bytes per number of a piece.
 _ROUNDING = 32
 _PIECE = 1 << 19
+# Solves and searches per number of the linear they are at; refinement per number of the layer: target, offset, its
+# gradient, Adam's two means, the best so far, the value that the forward pass keeps, the codes.
+_SOLVING = 16
+_REFINING = 7 * 4 + 1
 _TOKENS_PER_BATCH = 2048
 _HEAD_ROWS = 8192
 _SANITY_TOKENS = 128
@@ -60,11 +69,16 @@ class Estimate:
 
 
 def choose_offload(
-    need: Estimate, offload: bool | None, device: torch.device, processes: int = 1
+    need: Estimate,
+    offload: bool | None,
+    device: torch.device,
+    smaller: Callable[[int], str],
+    processes: int = 1,
 ) -> bool:
     """Whether activations go to mapped files: as the user said, or where memory has no room for them.
 
     Args:
+        smaller: what to do where so many bytes are all that a process may have.
         processes: how many share this machine's memory, each in need of as much.
 
     Raises:
@@ -80,11 +94,11 @@ def choose_offload(
     here = memory.resident()
     wanted = max(0, need.host_bytes - here)
     least = max(0, wanted - need.activation_bytes)
-    smaller = "close other programs, or use a machine with more"
+    if least > room:
+        _refuse(least, room, "of memory", smaller(room + here))
     if offload is False:
         _refuse(wanted, room, "of memory", "leave --no-offload out, or use fewer --samples")
         return False
-    _refuse(least, room, "of memory", smaller)
     return bool(offload) or wanted > room
 
 
@@ -106,7 +120,7 @@ def _refuse(need: int, free: int, of_what: str, advice: str) -> None:
 
 
 def estimate(
-    checkpoint: Checkpoint,
+    checkpoint: ModelCheckpoint,
     structure: Structure,
     recipe: Recipe,
     schemes: dict[str, Scheme],
@@ -123,24 +137,36 @@ def estimate(
     repacking = max(sum(layer) + 2 * max(layer) for layer in sizes)
     rows = max((i.shape[0] for i in checkpoint.tensors.values() if len(i.shape) == 2), default=0)
     verifying = max(repacking, _HEAD_ROWS * width * 2 + _SANITY_TOKENS * rows * 10)
-    if not recipe.needs_calibration:
-        work = _PIECE * _ROUNDING
-        seconds = 2 * (checkpoint.bytes + output_bytes) / _BYTES_PER_SECOND
-        return Estimate(base + max(work, verifying), 0, 0, output_bytes, seconds)
-    tokens = samples * seqlen
-    chains = 2 if getattr(recipe, "refine", None) else 1
-    activations = tokens * width * 4 * chains
-    layer_work = max(
-        _calibrating(structure.layer(n), min(tokens, max(_TOKENS_PER_BATCH, seqlen)), seqlen)
+    copying = 2 * (checkpoint.bytes + output_bytes) / _BYTES_PER_SECOND
+    work = [
+        _LayerWork(structure.layer(n), structure.prefix(n), recipe)
         for n in range(structure.num_layers)
+    ]
+    if not recipe.needs_calibration:
+        moved = recipe.rotation and (recipe.rotation.residual or recipe.rotation.values)
+        rounding = max(map(_LayerWork.quantizing, work)) if moved else _PIECE * _ROUNDING
+        rounding += 2 * checkpoint.kept_bytes
+        return Estimate(base + max(rounding, verifying), 0, 0, output_bytes, copying)
+    tokens = samples * seqlen
+    activations = tokens * width * 4 * (2 if recipe.refine else 1)
+    batch = min(tokens, max(_TOKENS_PER_BATCH, seqlen))
+    layer_work = max(
+        max(each.running(batch), each.quantizing(), each.refining(seqlen)) for each in work
     )
+    disk = output_bytes + 2 * activations
+    if recipe.refine and recipe.refine.curvature:
+        part = min(samples, BLOCKS) * seqlen * width * 4  # of each layer's outputs
+        backwards = max(each.backwards(seqlen) for each in work)
+        head = rows * width * 4 + max(rows * width * 2, 4 * TOKENS * rows * 4)
+        layer_work = max(layer_work, 5 * part + max(head, backwards, 9 * width * width * 4))
+        disk += structure.num_layers * (part + width * width * 4)
     return Estimate(
         host_bytes=base + max(activations + layer_work, verifying),
         device_bytes=layer_work + (300 << 20),
         activation_bytes=activations,
-        disk_bytes=output_bytes + 2 * activations,
+        disk_bytes=disk,
         seconds=_calibration_seconds(structure, tokens, seqlen)
-        + 2 * (checkpoint.bytes + output_bytes) / _BYTES_PER_SECOND
+        + copying
         + structure.num_layers * activations / _BYTES_PER_SECOND,
     )
 
@@ -160,20 +186,61 @@ def _packed_bytes(structure: Structure, schemes: dict[str, Scheme], number: int)
     ]  # fmt: skip
 
 
-def _calibrating(layer: LayerStructure, batch: int, seqlen: int) -> int:
-    """A layer in float32 with its Hessians, and the most of: a batch running through it, a weight being solved."""
-    numbers = {name: rows * columns for name, (rows, columns) in layer.shapes.items()}
-    widths = [layer.shapes[group.linears[0]][1] for group in layer.groups]
-    hessians = sum(width * width * 4 for width in widths)
-    wide = max(max(shape) for shape in layer.shapes.values())
-    # The batch's hidden states a few times, the gated products, one block of attention scores.
-    running = batch * (4 * min(widths) + 4 * wide) * 4
-    columns = max(widths)
-    # The Hessian changed to the new basis, then its factor, some rows at a time; the weight transposed, its codes and
-    # errors.
-    solving = columns * (columns * (4 + 4) + 4 * 512 * 4) + max(numbers.values()) * 4 * 4
-    kept = _SEARCH_ROWS * sum(widths) * 4
-    return sum(numbers.values()) * 5 + hessians + kept + max(running, solving)
+class _LayerWork:
+    """What the stages of a decoder layer's work hold at the same time, in bytes.
+
+    Attributes:
+        weights: of the layer in float32.
+    """
+
+    def __init__(self, layer: LayerStructure, prefix: str, recipe: Recipe) -> None:
+        numbers = [rows * columns for rows, columns in layer.shapes.values()]
+        self._numbers, self._largest = sum(numbers), max(numbers)
+        self.weights = 4 * self._numbers
+        self._widest = max(max(shape) for shape in layer.shapes.values())
+        self._ends = sum(rows + columns for rows, columns in layer.shapes.values())
+        widths = [layer.shapes[group.linears[0]][1] for group in layer.groups]
+        self._narrowest = min(widths)
+        # Experts have Hessians of their own.
+        self._solved = [
+            layer.shapes[each.linears[0]][1]
+            for each in layer.inputs
+            if any(recipe.uses_gptq(prefix + name) for name in each.linears)
+        ]
+        statistics = sum(4 * width * width for width in self._solved)
+        if recipe.needs_calibration:
+            statistics += 4 * _SEARCH_ROWS * sum(widths)
+        self._statistics = statistics + (_EXPERTS if len(layer.groups) > len(PLACES) else 0)
+        self._refines = recipe.refine is not None
+
+    def running(self, batch: int) -> int:
+        """A batch of tokens runs through it, its inputs are looked at."""
+        # The batch's hidden states a few times, the gated products, one block of attention scores.
+        return (
+            self.weights + self._statistics + batch * 4 * (4 * self._narrowest + 4 * self._widest)
+        )
+
+    def quantizing(self) -> int:
+        """One linear after the other is solved; what comes of them is kept, targets too where they are refined."""
+        columns = max(self._solved, default=0)
+        # The Hessian changed to the new basis, then its factor, some rows at a time.
+        solving = 4 * columns * (2 * columns + 4 * 512) + _SOLVING * self._largest
+        kept = self._numbers * (5 if self._refines else 1)
+        return self.weights + self._statistics + kept + solving
+
+    def refining(self, seqlen: int) -> int:
+        """Everything learns, a block of tokens at a time."""
+        if not self._refines:
+            return 0
+        return _REFINING * self._numbers + _SOLVING * self._largest + self._for_gradients(seqlen)
+
+    def backwards(self, seqlen: int) -> int:
+        """A gradient comes back through it as it was."""
+        return self.weights + self._for_gradients(seqlen)
+
+    def _for_gradients(self, seqlen: int) -> int:
+        """What one block's forward pass keeps."""
+        return 4 * seqlen * self._ends
 
 
 def _calibration_seconds(structure: Structure, tokens: int, seqlen: int) -> float:

@@ -50,8 +50,16 @@ def available() -> int | None:
     return max(0, min(found)) if found else None
 
 
-def fix_thresholds() -> None:
-    """Let glibc map what is large on its own from now on, in this process, and give it back when it is freed.
+def keep_bounded() -> None:
+    """Keep what libraries hold back from growing with the work, in this process from now on."""
+    _fix_thresholds()
+    # oneDNN keeps a kernel for each shape that it has seen, 1024 of them: 300 MB where experts see ever other numbers of
+    # tokens. It reads this when it is first used.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+
+
+def _fix_thresholds() -> None:
+    """Let glibc map what is large on its own and give it back when it is freed.
 
     By itself it raises the threshold to the largest block that was freed, takes the next ones from its heap, and then
     the peak depends on where the holes in it happen to lie: 565 to 730 MB were seen on one model. Small blocks are

@@ -96,6 +96,7 @@ def quantize(
         QuantkitError: bad input, named in one line; nothing is left behind that looks finished.
         InternalError: the output did not verify.
     """
+    memory.keep_bounded()
     if isinstance(recipe, str):
         recipe = Recipe.load(recipe, overrides)
     if calib is None:
@@ -129,7 +130,7 @@ def quantize(
         plan = make_plan(
             model, recipe, samples=samples, seqlen=seqlen, trust_remote_code=trust_remote_code
         )
-    on_disk = choose_offload(plan.estimate, offload, where, ranks.on_this_machine)
+    on_disk = choose_offload(plan.estimate, offload, where, plan.smaller, ranks.on_this_machine)
     path = Path(output) if output is not None else default_output(model, recipe)
 
     def calibration() -> CalibrationSet | None:
@@ -150,8 +151,11 @@ def quantize(
     if there is not None:
         return there
     with _output_folder(plan, path, overwrite) if ranks.leads else nullcontext() as folder:
+        activations = plan.estimate.activation_bytes if on_disk else 0
         if folder:
-            check_disk(path, plan.estimate.disk_bytes)
+            check_disk(path, plan.estimate.disk_bytes + activations)
+        else:
+            check_disk(Path(tempfile.gettempdir()), activations // ranks.size)
         data = calibration()
         run = describe_run(plan, data, seed, where)
         check_alike(run, ranks)
@@ -187,8 +191,6 @@ def _quantize_layers(
 ) -> None:
     """All decoder layers that are not finished yet."""
     plainly = rounds_plainly(plan)
-    if plainly:
-        memory.fix_thresholds()
     if state.done == plan.structure.num_layers:
         return
     if plainly:
@@ -358,6 +360,7 @@ def _one_layer(
                 norm_dtype=norm_dtype,
                 ranks=ranks,
             )
+        arguments = ({}, None)  # the Hessians of wide layers are as large as they are
         if stream.hidden is not None:
             _quantize_cache(plan, layer.get_submodule(structure.attention.path), result)
         if plan.recipe.refine:

@@ -18,7 +18,7 @@ from quantkit.recipe import Weights
 from quantkit.solve import size_figures, weight_scale
 
 # Numbers rounded at a time: enough for every core, few enough for the passes over them to stay in the cache, and for
-# malloc to use the same memory again (`memory.fix_thresholds`).
+# malloc to use the same memory again (`memory.keep_bounded`).
 ELEMENTS = 1 << 19
 
 

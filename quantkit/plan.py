@@ -32,6 +32,7 @@ class Plan:
         servers: server -> what it does with the result.
         whole: tensor-parallel size -> what would be cut, or nothing if groups and heads stay whole.
         notes: transforms of the recipe that this structure cannot take, and why.
+        sizes: calibration blocks, and the tokens of each.
         basis: what the residual stream is turned into, or None.
     """
 
@@ -47,12 +48,34 @@ class Plan:
     servers: dict[str, str]
     whole: dict[int, str]
     notes: list[str]
+    sizes: tuple[int, int]
     basis: ResidualBasis | None = None
 
     @property
     def tensor_parallel(self) -> dict[int, bool]:
         """Size -> whether every rank gets whole groups and heads."""
         return {parts: not why for parts, why in self.whole.items()}
+
+    def smaller(self, room: int) -> str:
+        """The settings with which a process would get by on so many bytes, or what else helps."""
+        recipe, settings = self.recipe, ""
+        nearest = recipe.weights and recipe.weights.model_copy(update={"rounding": "nearest"})
+        for setting, change in (
+            ("refine=null", {"refine": None}),
+            ("weights.rounding=nearest", {"weights": nearest}),
+        ):
+            changed = recipe.model_copy(update=change)
+            if changed != recipe:
+                recipe, settings = changed, f"{settings}--set {setting} "
+                need = self._estimate(recipe)
+                if need.host_bytes - need.activation_bytes <= room:
+                    return f"{settings}needs {need.host_bytes / 1e9:.2f}"
+        return "close other programs, or use a machine with more"
+
+    def _estimate(self, recipe: Recipe) -> Estimate:
+        return estimate(
+            self.checkpoint, self.structure, recipe, self.schemes, self.total_bytes[1], *self.sizes
+        )
 
     def module_bytes(self) -> dict[str, dict[str, Any]]:
         """Module -> its scheme, and the bytes of its weight before and after."""
@@ -134,6 +157,10 @@ def make_plan(
         checkpoint.bytes,
         checkpoint.bytes - linear_bytes[0] + linear_bytes[1] + untied,
     )
+    sizes = (
+        samples or recipe.calibration.samples,
+        min(seqlen or recipe.calibration.seqlen, structure.max_positions),
+    )
     return Plan(
         checkpoint=checkpoint,
         skeleton=skeleton,
@@ -143,17 +170,10 @@ def make_plan(
         unquantized_linears=[name for name in linears if name not in schemes],
         linear_bytes=linear_bytes,
         total_bytes=total_bytes,
-        estimate=estimate(
-            checkpoint,
-            structure,
-            recipe,
-            schemes,
-            total_bytes[1],
-            samples or recipe.calibration.samples,
-            min(seqlen or recipe.calibration.seqlen, structure.max_positions),
-        ),
+        estimate=estimate(checkpoint, structure, recipe, schemes, total_bytes[1], *sizes),
         servers=who_serves(schemes, recipe.kv_format()),
         whole={n: _cut(structure, schemes, n) for n in (1, 2, 4, 8)},
+        sizes=sizes,
         notes=left_out(structure, recipe) + (_beside(strangers) if basis else []),
         basis=basis,
     )

@@ -61,9 +61,41 @@ def test_where_activations_go(monkeypatch, available: int, wish, gives):
     need = Estimate(100, 0, 50, 0, 0.0)
     if gives is None:
         with pytest.raises(QuantkitError, match="of memory are needed"):
-            choose_offload(need, wish, CPU)
+            choose_offload(
+                need, wish, CPU, lambda room: f"{room} bytes would do for another recipe"
+            )
     else:
-        assert choose_offload(need, wish, CPU) is gives
+        assert choose_offload(need, wish, CPU, str) is gives
+
+
+def test_what_cannot_fit_is_refused_with_a_setting_that_fits(tmp_path: Path, monkeypatch):
+    from quantkit import memory
+
+    here = 500 << 20
+    monkeypatch.setattr(memory, "resident", lambda: here)
+    sizes = {"intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
+    model = str(save_model(tmp_path / "model", hidden_size=512, **sizes))
+    plan = make_plan(model, Recipe.load("gptq-refined"))
+    refined, gptq, nearest = (
+        need.host_bytes - need.activation_bytes
+        for need in (
+            plan.estimate,
+            make_plan(model, Recipe.load("gptq-refined", ["refine=null"])).estimate,
+            make_plan(
+                model,
+                Recipe.load("gptq-refined", ["refine=null", "weights.rounding=nearest"]),
+            ).estimate,
+        )
+    )
+    assert nearest < gptq < refined
+    for room, words in (
+        (gptq + 1000, "--set refine=null needs"),
+        (nearest + 1000, "--set refine=null --set weights.rounding=nearest needs"),
+        (here, "a machine with more"),
+    ):
+        monkeypatch.setattr(memory, "available", lambda room=room: max(0, room - here))
+        with pytest.raises(QuantkitError, match=f"of memory are needed.*{words}"):
+            quantize(model, "gptq-refined")
 
 
 def test_offloaded_activations_give_the_same_bytes(tiny, text, tmp_path: Path):
@@ -80,30 +112,61 @@ CHILD = """
 import json, sys
 from quantkit import Recipe, memory, quantize
 from quantkit.plan import make_plan
-model, recipe, text, out = sys.argv[1:]
-sizes = {"samples": 16, "seqlen": 256}
-planned = make_plan(model, Recipe.load(recipe), **sizes).estimate.host_bytes
-quantize(model, recipe, out, calib=text, **sizes)
-print(json.dumps([planned, memory.peak()]))
+model, recipe, text, out, samples, *changes = sys.argv[1:]
+sizes = {"samples": int(samples), "seqlen": 256}
+need = make_plan(model, Recipe.load(recipe, changes), **sizes).estimate
+quantize(model, recipe, out, calib=text, overrides=changes, **sizes)
+print(json.dumps([need.host_bytes, need.activation_bytes, memory.peak()]))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["int4", "fireq"])
-@pytest.mark.parametrize("hidden", [1024, 2048])
-def test_the_peak_is_as_planned(tmp_path: Path, text: Path, recipe: str, hidden: int):
-    """The kernel's own record of a process that plans and quantizes."""
+def wide_model(folder: Path, hidden: int, variant: str = "llama") -> Path:
     sizes = {"hidden_size": hidden, "intermediate_size": hidden * 3, "head_dim": 128,
              "num_attention_heads": hidden // 128, "num_key_value_heads": 4, "vocab_size": 32000}  # fmt: skip
-    model = save_model(tmp_path / "model", **sizes)
+    if variant != "llama":
+        sizes |= {"moe_intermediate_size": hidden // 2, "num_experts": 16}
+    model = save_model(folder, variant, **sizes)
     tensors = load_file(model / "model.safetensors")
-    tensors["model.norm.weight"] *= (
-        0.05  # logits as a model's that knows nothing, for the sanity text
-    )
+    # Logits as a model's that knows nothing, for the sanity text.
+    tensors["model.norm.weight"] *= 0.05
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    command = [sys.executable, "-c", CHILD, str(model), recipe, str(text), str(tmp_path / "out")]
+    return model
+
+
+def planned_and_peak(
+    model: Path, recipe: str, text: Path, out: Path, *changes: str, samples: int = 16
+) -> tuple[int, int, int]:
+    """Bytes planned, the activations among them, and the kernel's own record of a process that plans and quantizes."""
+    command = [sys.executable, "-c", CHILD, str(model), recipe, str(text), str(out), str(samples)]
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run([*command, *changes], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    planned, peak = json.loads(done.stdout.splitlines()[-1])
+    planned, activations, peak = json.loads(done.stdout.splitlines()[-1])
+    return planned, activations, peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "hidden", "variant", "changes"),
+    [
+        ("int4", 2048, "llama", ()),
+        ("fireq", 1024, "llama", ()),
+        ("gptq", 1024, "qwen3-moe", ()),
+        ("gptq-refined", 1024, "llama", ("refine.steps=2",)),
+        ("int4", 2048, "llama", ("rotation={residual: true, inputs: none}",)),
+    ],
+)
+def test_the_peak_is_as_planned(tmp_path: Path, text: Path, recipe, hidden, variant, changes):
+    model = wide_model(tmp_path / "model", hidden, variant)
+    planned, _, peak = planned_and_peak(model, recipe, text, tmp_path / "out", *changes)
     assert planned == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.slow
+def test_more_samples_take_their_activations_and_nothing_else(tmp_path: Path, text: Path):
+    model = wide_model(tmp_path / "model", 1024)
+    few = planned_and_peak(model, "gptq", text, tmp_path / "few", samples=8)
+    many = planned_and_peak(model, "gptq", text, tmp_path / "many", samples=40)
+    more = many[1] - few[1]
+    assert more == 32 * 256 * 1024 * 4
+    assert many[2] - few[2] < more + (24 << 20)

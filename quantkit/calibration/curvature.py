@@ -31,6 +31,8 @@ from quantkit.models.structure import Structure
 Forward = Callable[[Tensor], Tensor]
 # Blocks of text that it is measured on.
 BLOCKS = 16
+# Tokens whose logits are in memory at a time.
+TOKENS = 512
 
 # Share of the mean eigenvalue added to all: directions that the few tokens seen did not need may matter to others.
 _RIDGE = 0.1
@@ -138,13 +140,13 @@ def _at_the_end(head: Forward, hidden: Tensor, device: torch.device, seed: int) 
     """The gradient of the log-likelihood of drawn tokens with respect to the last layer's output."""
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for block in hidden.split(1):
+    for block in hidden.flatten(0, -2).split(TOKENS):
         x = block.to(device).requires_grad_()
-        logits = head(x).float().flatten(0, -2)
+        logits = head(x).float()
         drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
         loss = nn.functional.cross_entropy(logits, drawn[:, 0].to(x.device), reduction="sum")
         found.append(torch.autograd.grad(loss, x)[0].to(hidden.device))
-    return torch.cat(found)
+    return torch.cat(found).view_as(hidden)
 
 
 @torch.enable_grad()

@@ -27,7 +27,7 @@ class InputStatistics:
         self._square = torch.zeros(columns, dtype=torch.float64, device=device)
         self.hessian = torch.zeros(columns, columns, device=device) if hessian else None
         self._rows: list[torch.Tensor] = []
-        self._per_batch = max(1, -(-keep // max(batches, 1)))
+        self._per_batch = -(-keep // max(batches, 1))
 
     def update(self, x: torch.Tensor) -> None:
         """Take in a batch [..., K]."""
@@ -40,8 +40,9 @@ class InputStatistics:
             accumulate_hessian(self.hessian, x)
         else:
             self._square += magnitude.square_().sum(0)
-        step = max(1, x.shape[0] // self._per_batch)
-        self._rows.append(x[::step][: self._per_batch].clone())
+        if self._per_batch:
+            step = max(1, x.shape[0] // self._per_batch)
+            self._rows.append(x[::step][: self._per_batch].clone())
 
     @property
     def finite(self) -> bool:

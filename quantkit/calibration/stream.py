@@ -267,7 +267,8 @@ def observe(
         stats = InputStatistics(
             weight.shape[1],
             hessian=group.name in hessians,
-            keep=keep_rows,
+            # Factors are searched for groups alone.
+            keep=keep_rows if group in structure.groups else 0,
             batches=batches,
             device=weight.device,
         )

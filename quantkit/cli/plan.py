@@ -83,7 +83,8 @@ def command(
     )
     if need.device_bytes:
         out.print(f"  on a GPU       about {size(need.device_bytes)} (--device cuda)")
-    out.print(f"  disk           {size(need.disk_bytes)}")
+    more = f", {size(need.activation_bytes)} more with --offload" if need.activation_bytes else ""
+    out.print(f"  disk           {size(need.disk_bytes)}{more}")
     out.print(f"  time           about {duration(need.seconds)} here")
     out.print(
         "  tensor parallel "

@@ -17,6 +17,8 @@ from quantkit.kernels.hadamard_matrices import hadamard_matrix, split_order
 _FACTOR = 128
 # The part of a block that is no power of two is a dense matrix: wider ones cost more than they give.
 _WIDEST_ORDER = 512
+# Rows or columns of a Hessian that are rotated together.
+_STRIP = 1024
 
 
 def known_block(block: int) -> bool:
@@ -74,7 +76,15 @@ def rotate_hessian(hessian: Tensor, block: int) -> Tensor:
     Raises:
         ValueError: as `rotate`.
     """
-    return rotate(rotate(hessian, block).T, block).T.contiguous()
+    double = hessian.dtype == torch.float64
+    turned = torch.empty_like(hessian, dtype=torch.float64 if double else torch.float32)
+    # In strips: of 28,672 inputs a Hessian has 3.3 GB, and one more of them is enough.
+    strips = [slice(n, n + _STRIP) for n in range(0, hessian.shape[0], _STRIP)]
+    for strip in strips:
+        turned[strip] = rotate(hessian[strip], block)
+    for strip in strips:
+        turned[:, strip] = rotate(turned[:, strip].T, block).T
+    return turned
 
 
 def _matrix(n: int, like: Tensor) -> Tensor:
