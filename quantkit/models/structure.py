@@ -192,13 +192,13 @@ def find_structure(model: nn.Module, where: str) -> Structure:
         raise refuse("no single list of decoder layers was found")
     path, blocks = layers[0][0], list[Any](layers[0][1])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kinds = [_kind(block) for block in blocks]
     known: dict[Any, LayerStructure] = {}
     number = 0
     with _probing(model):
         try:
             calls = _calls(model, path, int(config.hidden_size))
-            for number, block in enumerate(blocks):
-                kind = _kind(block)
+            for number, (kind, block) in enumerate(zip(kinds, blocks)):
                 if kind not in known:
                     probe = ProbedLayer(block, calls[number], int(config.hidden_size))
                     known[kind] = find_layer(probe, int(head_dim))
@@ -210,7 +210,7 @@ def find_structure(model: nn.Module, where: str) -> Structure:
         model_type=config.model_type,
         architecture=name,
         layers=path,
-        layer_structures=tuple(known[_kind(block)] for block in blocks),
+        layer_structures=tuple(known[kind] for kind in kinds),
         max_positions=int(getattr(config, "max_position_embeddings", None) or 2048),
     )
 
