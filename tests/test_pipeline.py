@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 
 from quantkit import Recipe, load, quantize
+from quantkit.calibration.stream import LayerStream
 from quantkit.errors import InternalError, QuantkitError
 from quantkit.formats.checkpoint import INDEX, Checkpoint
 from quantkit.plan import make_plan
@@ -132,6 +133,39 @@ def test_everything_unquantized_is_copied_byte_for_byte(quantized, tiny):
     config = json.loads((quantized("int4") / "config.json").read_text())
     config.pop("quantization_config")
     assert config == json.loads((tiny() / "config.json").read_text())
+
+
+def test_from_the_hub_s_cache(tiny, tmp_path: Path, monkeypatch):
+    """Its snapshots are links to blobs; nothing is copied out of it first."""
+    repository = tmp_path / "models--org--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    for number, file in enumerate(sorted(tiny().iterdir())):
+        blob = repository / "blobs" / f"{number:040}"
+        shutil.copyfile(file, blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    quantize("org/tiny", "int4", tmp_path / "hub")
+    quantize(str(tiny()), "int4", tmp_path / "folder")
+    hub, folder = ((tmp_path / name / "model.safetensors") for name in ("hub", "folder"))
+    assert hub.read_bytes() == folder.read_bytes()
+    assert not any(file.is_symlink() for file in (tmp_path / "hub").rglob("*"))
+
+
+@pytest.mark.parametrize("recipe", ["gptq", "fireq", "quest-hadamard"])
+def test_a_sample_runs_through_a_layer_twice(tiny, text, tmp_path: Path, monkeypatch, recipe: str):
+    """Once as the original is, once as quantized: most of a calibrated run's time."""
+    blocks, real = [], LayerStream.forward
+
+    def counted(self, layer, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        blocks.append(hidden.shape[0])
+        return real(self, layer, number, hidden)
+
+    monkeypatch.setattr(LayerStream, "forward", counted)
+    quantize(str(tiny()), recipe, tmp_path / "out", calib=str(text), samples=8, seqlen=64)
+    assert sum(blocks) == 2 * 2 * 8
 
 
 def test_biases_are_kept(quantized, tiny):

@@ -84,3 +84,20 @@ def test_what_a_rotation_made_is_compared_with_the_original(quantized, tiny, tmp
     assert verify(folder, against=str(tiny())).problems == [
         f"{name}: is not the original's, turned into the recorded basis"
     ]
+
+
+def test_an_output_of_the_first_version(quantized, tiny, tmp_path: Path):
+    """As that version wrote config.json: without what later ones added beside the schemes."""
+    folder = Path(shutil.copytree(quantized("fireq"), tmp_path / "old"))
+    first = json.loads((Path(__file__).parent / "formats/headers/schema-1-first.json").read_text())[
+        "quantization_config"
+    ]
+    ours = json.loads((folder / "config.json").read_text())
+    ours["quantization_config"] |= first
+    shards = {"model.safetensors": sha256(folder / "model.safetensors")}
+    ours["quantization_config"]["quantkit"]["shards"] = shards
+    (folder / "config.json").write_text(json.dumps(ours))
+    result = verify(folder, against=str(tiny()))
+    assert result.problems == []
+    rewrite(folder, lambda tensors: tensors.pop(f"{NAME}.weight_packed"))
+    assert any("missing" in problem for problem in verify(folder).problems)

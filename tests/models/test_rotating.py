@@ -48,7 +48,7 @@ def turn_model(model, basis) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", [*ARCHITECTURES, "phi3"])
 def test_the_residual_stream(model_type: str, tied: bool):
     # 320 = 20 * 16: no power of two.
     model = in_float64(make_model(model_type, tie_word_embeddings=tied, hidden_size=320))
@@ -73,17 +73,20 @@ def test_biases_that_write_the_residual_stream(config):
     assert same(logits(model), before)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", [*ARCHITECTURES, "phi3"])
 @pytest.mark.parametrize("block", [64, 16])
 def test_values(model_type: str, block: int):
     """Query heads that share a KV head read one rotated value."""
     model = make_model(model_type).double()
     structure, before = find_structure(model, "m"), logits(model)
-    weight = model.model.layers[0].self_attn.v_proj.weight.clone()
+    # Phi-3's values come from the last rows of one matrix.
+    name = "qkv_proj" if model_type == "phi3" else "v_proj"
+    linear = model.model.layers[0].self_attn.get_submodule(name)
+    weight = linear.weight[-64:].clone()
     for layer in model.model.layers:
         turn_values(layer, structure.layer(0), block)
     assert same(logits(model), before)
-    assert not torch.allclose(model.model.layers[0].self_attn.v_proj.weight, weight)
+    assert not torch.allclose(linear.weight[-64:], weight)
 
 
 def test_no_block_reaches_over_two_heads():
