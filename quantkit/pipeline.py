@@ -343,6 +343,7 @@ def _one_layer(
                     hessians=gptq,
                     keep_rows=_SEARCH_ROWS,
                     batches=stream.batches,
+                    products=stream.products,
                     ranks=ranks,
                 ) as arguments,
             ):

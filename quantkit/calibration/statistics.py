@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quantkit.device import rounded_factors
 from quantkit.methods.gptq import accumulate_hessian, complete_hessian
 from quantkit.methods.hadamard import rotate_hessian
 from quantkit.ranks import Ranks
@@ -12,6 +13,9 @@ from quantkit.ranks import Ranks
 class InputStatistics:
     """Statistics of one input [tokens, K] of a layer, shared by all linears that read it.
 
+    Args:
+        products: what the inputs are rounded to in the Hessian's products, which are added up in float32.
+
     Attributes:
         absmax, mean_abs, rms: float32 [K]; rms after `combine`.
         hessian: float32 [K, K], 2 X^T X summed over tokens, or None if it is not needed; whole after `combine`.
@@ -19,9 +23,17 @@ class InputStatistics:
     """
 
     def __init__(
-        self, columns: int, *, hessian: bool, keep: int, batches: int, device: torch.device
+        self,
+        columns: int,
+        *,
+        hessian: bool,
+        keep: int,
+        batches: int,
+        device: torch.device,
+        products: torch.dtype = torch.float32,
     ) -> None:
         self.tokens = 0
+        self._products = products
         self.absmax = torch.zeros(columns, device=device)
         self._abs = torch.zeros(columns, dtype=torch.float64, device=device)
         self._square = torch.zeros(columns, dtype=torch.float64, device=device)
@@ -37,7 +49,8 @@ class InputStatistics:
         self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
         self._abs += magnitude.sum(0)
         if self.hessian is not None:
-            accumulate_hessian(self.hessian, x)
+            with rounded_factors(self._products):
+                accumulate_hessian(self.hessian, x)
         else:
             self._square += magnitude.square_().sum(0)
         if self._per_batch:

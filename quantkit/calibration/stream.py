@@ -50,6 +50,7 @@ class LayerStream:
         hidden_reference: the same of the original layers, or None.
         first: the number of this process's first sample.
         batches: how many there are, of all processes.
+        products: as given.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class LayerStream:
         products: torch.dtype = torch.float32,
     ) -> None:
         self._basis = basis
-        self._products = products
+        self.products = products
         self._checkpoint = checkpoint
         self._structure = structure
         self._layers: Any = skeleton.get_submodule(structure.layers)
@@ -187,9 +188,9 @@ class LayerStream:
         """
         hidden = self.hidden if hidden is None else hidden
         assert hidden is not None
-        narrow = self._products != torch.float32
+        narrow = self.products != torch.float32
         for first in range(0, hidden.shape[0], self._batch):
-            with torch.autocast(self._device.type, self._products, enabled=narrow):
+            with torch.autocast(self._device.type, self.products, enabled=narrow):
                 output = self.forward(layer, number, hidden[first : first + self._batch])
             sink(first, output.float())
             self._store.release()
@@ -244,6 +245,7 @@ def observe(
     hessians: set[str],
     keep_rows: int,
     batches: int,
+    products: torch.dtype = torch.float32,
     ranks: Ranks = ALONE,
 ) -> Iterator[tuple[dict[str, InputStatistics], KeyStatistics]]:
     """Hooks on a layer that collect statistics of every input group, and of the keys, while it runs.
@@ -255,6 +257,7 @@ def observe(
         hessians: names of the input groups whose Hessian is needed.
         keep_rows: how many tokens of each input to keep.
         batches: how many batches will come, to all processes.
+        products: as `LayerStream`'s.
 
     Raises:
         QuantkitError: an input was not finite.
@@ -271,6 +274,7 @@ def observe(
             keep=keep_rows if group in structure.groups else 0,
             batches=batches,
             device=weight.device,
+            products=products,
         )
         inputs[group.name] = stats
 

@@ -24,6 +24,27 @@ def test_in_batches_as_at_once():
     assert all(any(torch.equal(row, r) for r in x.reshape(-1, 32)) for row in stats.rows)
 
 
+def test_a_hessian_of_rounded_inputs():
+    """Rounded factors leave diagonals as they are and what is beside them within the noise of the text."""
+    x = torch.randn(512, 1, generator=torch.Generator().manual_seed(0)) + torch.randn(512, 64)
+    exact, rounded = (
+        InputStatistics(
+            64, hessian=True, keep=0, batches=1, device=torch.device("cpu"), products=products
+        )
+        for products in (torch.float32, torch.bfloat16)
+    )
+    for stats in (exact, rounded):
+        stats.update(x)
+        stats.combine(ALONE)
+    scale = exact.hessian.diagonal().mean()
+    apart = (rounded.hessian - exact.hessian).abs() / scale
+    assert float(apart.max()) < 2e-3
+    assert float((exact.hessian / scale).fill_diagonal_(0).abs().max()) > 0.3
+    # Nothing else that is computed here takes it from now on.
+    a = torch.randn(300, 300)
+    assert torch.allclose((a @ a).double(), a.double() @ a.double(), rtol=1e-3, atol=1e-4)
+
+
 def test_the_hessian_goes_through_factor_and_rotation():
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
     stats = InputStatistics(64, hessian=True, keep=10, batches=1, device=torch.device("cpu"))
