@@ -11,7 +11,7 @@ from typing import Any
 
 import quantkit
 from quantkit.errors import QuantkitError
-from quantkit.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat
+from quantkit.formats.scheme import ActivationFormat, KVFormat, Scheme
 
 SCHEMA = 1
 # Beside the weights: per layer, the factors on keys after RoPE.
@@ -25,6 +25,9 @@ KNOWN_REQUIREMENTS = frozenset({ONLINE_HADAMARD, HALF_INTEGER_GRID})
 # What a loader without our integration would compute wrongly in silence carries this as its format, which
 # none knows: each refuses, and shows the value (of which pydantic shows 50 characters).
 NEEDS_QUANTKIT = "pip install quantkit, import quantkit first"
+
+
+_HOW_TO_SERVE = "quantkit beside vLLM: pip install 'quantkit[vllm]'"
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,17 @@ def _layout(scheme: Scheme) -> str:
     return "pack-quantized" if scheme.packs else "int-quantized"
 
 
-def _weight_args(weights: WeightFormat) -> dict[str, Any]:
+def _weight_args(scheme: Scheme) -> dict[str, Any]:
+    weights = scheme.weights
     args: dict[str, Any] = {"num_bits": weights.bits, "type": "int", "symmetric": True}
     if weights.group_size:
         args |= {"strategy": "group", "group_size": weights.group_size}
     else:
         args |= {"strategy": "channel"}
+    if (weights.bits, scheme.activations is None) not in ((4, True), (8, False)):
+        # Not every vLLM has this scheme. Nothing reads it of weights that are packed already; the line in which vLLM says
+        # that it has no such scheme shows it.
+        args["observer_kwargs"] = {"needs": _HOW_TO_SERVE}
     return args | {"dynamic": False}
 
 
@@ -125,7 +133,7 @@ def build_quantization_config(
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if len(distinct) == 1 else names,
             "format": _layout(scheme),
-            "weights": _weight_args(scheme.weights),
+            "weights": _weight_args(scheme),
             "input_activations": _activation_args(scheme.activations),
             "output_activations": None,
         }
