@@ -1,11 +1,15 @@
 """Each example runs, as its first lines say it is called."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
+from quantkit import load
+from quantkit.calibration.data import read_text
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.config import parse_quantization_config
 
@@ -17,6 +21,7 @@ def main_of(name: str):
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module.main
 
@@ -54,3 +59,42 @@ def test_openai_client_without_a_server(capsys):
     with pytest.raises(typer.Exit):
         main_of("openai_client")("llama", "And", address="http://127.0.0.1:9/v1", tokens=1)
     assert "error: http://127.0.0.1:9/v1" in capsys.readouterr().err
+
+
+def test_plant_outliers(tiny, tmp_path: Path, capsys):
+    """The same function, from weights that are not."""
+    main = main_of("plant_outliers")
+    sizes = {"factor_min": 20.0, "factor_max": 60.0, "channels": 4, "pairs": 2, "seed": 0}
+    main(str(tiny()), tmp_path / "out", **sizes)
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        before, after = (
+            load(folder, dtype=torch.float32)(ids).logits for folder in (tiny(), tmp_path / "out")
+        )
+    assert float((after - before).norm() / before.norm()) < 0.02
+    name = "model.layers.0.input_layernorm.weight"
+    was, now = (Checkpoint(folder).load(name).float() for folder in (tiny(), tmp_path / "out"))
+    assert int(((now / was).abs() > 10).sum()) == 4
+    with pytest.raises(typer.Exit):
+        main(str(tiny()), tmp_path / "out", **sizes)
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_train_small_model(tmp_path: Path, monkeypatch, kind: str, capsys):
+    """A few steps on a few chapters: a checkpoint that knows more than nothing."""
+    main = main_of("train_small_model")
+    chapters = [f"{text}\n\n" for text in read_text("bundled", split="train").split("\n\n")][:40]
+    names = main.__globals__
+    monkeypatch.setitem(names, "read_chapters", lambda: chapters)
+    settings = {"epochs": 3.0, "minutes": 0.1, "batch": 2, "matrix_lr": None, "other_lr": 3e-3}
+    main(
+        names["Kind"](kind), tmp_path, **settings, weight_decay=0.2, dropout=0.1, seed=0, evaluate=False,
+    )  # fmt: skip
+    folder = tmp_path / "llama" if kind == "llama" else tmp_path
+    assert Checkpoint(folder).config["model_type"] == kind
+    losses = [
+        line for line in capsys.readouterr().out.splitlines() if "held-out perplexity" in line
+    ]
+    assert float(losses[-1].rpartition(" ")[2]) < 3000

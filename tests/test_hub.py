@@ -196,3 +196,16 @@ def test_quantize_looks_at_the_target_first(monkeypatch, tmp_path: Path):
     with pytest.raises(QuantkitError, match="HF_HUB_OFFLINE is set"):
         command("llama", "int4", output=str(tmp_path / "out"), push="me/new")
     assert not (tmp_path / "out").exists()
+
+
+def test_quantize_and_push_in_one_command(online, tiny, tmp_path: Path, capsys):
+    from quantkit.cli.quantize import command
+
+    command(str(tiny()), "int4", output=str(tmp_path / "out"), push="me/new")
+    assert f"{online.address}/me/new" in capsys.readouterr().out
+    written = {
+        file.relative_to(tmp_path / "out").as_posix()
+        for file in (tmp_path / "out").rglob("*")
+        if file.is_file()
+    }
+    assert online.repos["me/new"].keys() == written

@@ -1,9 +1,11 @@
 """docs/serving.md says of each recipe what the code says."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from quantkit.cli.main import main
 from quantkit.formats.scheme import ActivationFormat, Scheme, WeightFormat
 from quantkit.plan import make_plan
 from quantkit.recipe import Recipe, recipe_names
@@ -63,3 +65,23 @@ def test_experts_under_vllm(server: str):
     else:
         assert how({linear: mixed, expert: mixed}).startswith("refused")
         assert how({expert: packed}) == "native"
+
+
+def test_what_servers_would_compute_wrongly_says_so_wherever_a_user_looks(
+    quantized, tiny, capsys, monkeypatch
+):
+    """Online rotations: in the plan, in the verification and on the model card."""
+    folder = quantized("quest-hadamard")
+    for arguments in (
+        ["plan", str(tiny()), "--recipe", "quest-hadamard"],
+        ["verify", str(folder)],
+    ):
+        monkeypatch.setattr("sys.argv", ["quantkit", *arguments])
+        with suppress(SystemExit):
+            main()
+        said = " ".join(capsys.readouterr().out.split())
+        assert "transformers plugin: import quantkit; without it, refused" in said
+        assert "SGLang refused; `quantkit export` writes what it takes" in said
+    card = (folder / "README.md").read_text()
+    assert "| transformers | plugin: import quantkit; without it, refused |" in card
+    assert "| SGLang | refused; `quantkit export` writes what it takes |" in card
