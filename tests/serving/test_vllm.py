@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from quantkit import quantize
+
+CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = os.environ.get("QUANTKIT_VLLM_PYTHON")
 pytestmark = [
@@ -24,7 +27,25 @@ def work(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
 
 
-@pytest.mark.parametrize("part", ["clients", "experts", "broken", "parallel", "agree"])
+def test_the_example(work):
+    """As its first lines say it is called, in vLLM's environment; the same words as from transformers."""
+    folder = work / "example"
+    quantize("llama", "int4", folder)
+    prompt = "And it came to pass"
+    said = []
+    for python, name in ((PYTHON, "with_vllm"), (sys.executable, "with_transformers")):
+        done = subprocess.run(
+            [str(python), str(ROOT / "examples" / f"{name}.py"), str(folder), prompt],
+            capture_output=True, text=True, env=os.environ | CPU,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        # vLLM's log may come behind it.
+        said += [line for line in done.stdout.splitlines() if line.startswith(prompt)]
+    assert len(said) == 2
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("part", ["clients", "experts", "broken", "parallel", "stock", "agree"])
 def test_served_by_vllm(work, part):
     script = ROOT / "benchmarks" / "vllm_serving.py"
     done = subprocess.run(
