@@ -231,14 +231,22 @@ def test_too_little_room_is_said_before_the_work(
 ):
     from types import SimpleNamespace
 
-    from quantkit import estimate
+    from quantkit import Recipe, estimate
+    from quantkit.plan import make_plan
 
     with monkeypatch.context() as patched:
         patched.setattr(estimate.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         assert "are free; free space, or choose" in refused(run, "quantize", model, "-r", "int4")
     with monkeypatch.context() as patched:
         patched.setattr(estimate.memory, "available", lambda: 1000)
-        assert "of memory are needed" in refused(run, "quantize", model, "-r", "int4")
+        line = refused(run, "quantize", model, "-r", "int4")
+        assert "of memory are needed" in line
+        assert "a machine with more" in line
+    # Room for all but the activations.
+    need = make_plan(str(model), Recipe.load("fireq")).estimate
+    room = need.host_bytes - need.activation_bytes // 2
+    with monkeypatch.context() as patched:
+        patched.setattr(estimate.memory, "available", lambda: room - estimate.memory.resident())
         line = refused(run, "quantize", model, "-r", "fireq", "--calib", text, "--no-offload")
         assert "leave --no-offload out, or use fewer --samples" in line
 
