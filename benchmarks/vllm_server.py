@@ -43,7 +43,8 @@ class Server:
             "VLLM_NO_USAGE_STATS": "1",
         }
         if not plugin:
-            variables["VLLM_PLUGINS"] = ""
+            # As the plugin does: with AMX, vLLM rounds the activations of INT4 weights to INT8 by itself.
+            variables |= {"VLLM_PLUGINS": "", "VLLM_CPU_INT4_W4A8": "0"}
         command = [
             *(vllm_python(), "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"),
             *("--model", str(folder), "--served-model-name", "model", "--max-model-len", "512"),

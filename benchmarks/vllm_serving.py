@@ -30,7 +30,7 @@ from quantkit.formats.writer import save_tensors
 from quantkit.models.names import bundled_path
 from quantkit.models.tokenizer import load_tokenizer
 from quantkit.recipe import recipe_names
-from quantkit.servers import VLLM_CPU
+from quantkit.servers import NATIVE, REFUSED, VLLM_CPU
 
 CLIENT = Path(__file__).parent / "openai_client.py"
 # Every row of the table in docs/serving.md.
@@ -171,14 +171,20 @@ def stock(run: Run) -> None:
                 said = server.output().splitlines()
                 why = next((line for line in said if "Error" in line and "pip install" in line), "")
                 run.note("stock", recipe, planned=planned, refused=why[-200:])
-                run.demand(planned == "refused", f"{recipe}: refused, planned was {planned}")
+                run.demand(planned == REFUSED, f"{recipe}: refused, planned was {planned}")
                 run.demand("quantkit" in why, f"{recipe}: no line of the refusal names the package")
                 continue
             served = server.scores(run.texts)
         own = compare(served, model_scores(load(folder), run.texts))
         bf16 = compare(served, original)
         run.note("stock", recipe, planned=planned, load=own, bf16=bf16)
-        run.demand(planned != "refused", f"{recipe}: served, it should be refused")
+        run.demand(planned != REFUSED, f"{recipe}: served, it should be refused")
+        if planned == NATIVE:
+            bar = WEIGHT_BAR if recipe in WEIGHT_ONLY else ACTIVATION_BAR
+            run.demand(
+                own["difference"] <= bar, f"{recipe}: {own['difference']} from quantkit.load"
+            )
+            run.demand(own["greedy"] >= GREEDY_BAR, f"{recipe}: greedy {own['greedy']}")
         # What is served with activations, keys and values in 16 bits loses what four bits of the weights cost.
         lost = float((original[0] - served[0]).mean().exp()) - 1
         run.demand(lost < WEIGHTS_LOSE, f"{recipe}: {lost:.3f} of the perplexity lost")

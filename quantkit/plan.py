@@ -69,7 +69,7 @@ class Plan:
                 recipe, settings = changed, f"{settings}--set {setting} "
                 need = self._estimate(recipe)
                 if need.host_bytes - need.activation_bytes <= room:
-                    return f"{settings}needs {need.host_bytes / 1e9:.2f}"
+                    return f"{settings}needs {need.host_bytes / 1e9:.2f} GB"
         return "close other programs, or use a machine with more"
 
     def _estimate(self, recipe: Recipe) -> Estimate:

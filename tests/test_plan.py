@@ -89,8 +89,8 @@ def test_what_cannot_fit_is_refused_with_a_setting_that_fits(tmp_path: Path, mon
     )
     assert nearest < gptq < refined
     for room, words in (
-        (gptq + 1000, "--set refine=null needs"),
-        (nearest + 1000, "--set refine=null --set weights.rounding=nearest needs"),
+        (gptq + 1000, r"--set refine=null needs \d+\.\d\d GB"),
+        (nearest + 1000, r"--set refine=null --set weights\.rounding=nearest needs \d+\.\d\d GB"),
         (here, "a machine with more"),
     ):
         monkeypatch.setattr(memory, "available", lambda room=room: max(0, room - here))

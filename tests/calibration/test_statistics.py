@@ -3,6 +3,7 @@ from tiny_models import make_model
 
 from quantkit.calibration.statistics import InputStatistics, KeyStatistics
 from quantkit.calibration.stream import observe
+from quantkit.device import product_dtype
 from quantkit.methods.hadamard import rotate
 from quantkit.models.structure import find_structure
 from quantkit.ranks import ALONE
@@ -39,6 +40,8 @@ def test_a_hessian_of_rounded_inputs():
     scale = exact.hessian.diagonal().mean()
     apart = (rounded.hessian - exact.hessian).abs() / scale
     assert float(apart.max()) < 2e-3
+    if product_dtype(torch.device("cpu"), 4) == torch.bfloat16:
+        assert float(apart.max()) > 1e-5
     assert float((exact.hessian / scale).fill_diagonal_(0).abs().max()) > 0.3
     # Nothing else that is computed here takes it from now on.
     a = torch.randn(300, 300)

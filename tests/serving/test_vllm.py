@@ -15,8 +15,8 @@ PYTHON = os.environ.get("QUANTKIT_VLLM_PYTHON")
 pytestmark = [
     pytest.mark.serving,
     pytest.mark.skipif(
-        not PYTHON,
-        reason="QUANTKIT_VLLM_PYTHON names no interpreter of an environment with vLLM and quantkit",
+        not (PYTHON and Path(PYTHON).is_file()),
+        reason="QUANTKIT_VLLM_PYTHON names no interpreter of an environment with vLLM: make serving-env builds one",
     ),
 ]
 
