@@ -30,7 +30,7 @@ _LATER_IMPORTS_PLAIN = 45 << 20
 # With what the products' library keeps for itself.
 _LATER_IMPORTS = 200 << 20
 # Kernels for every number of tokens that an expert sees, and holes in the heap between small weights.
-_EXPERTS = 200 << 20
+_EXPERTS = 300 << 20
 # Rounding passes hold this many bytes per number of a piece.
 _ROUNDING = 32
 _PIECE = 1 << 19

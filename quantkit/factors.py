@@ -99,17 +99,21 @@ def zero_fractions(
 def _factor(
     method: str, exponent: float, stats: InputStatistics, weights: list[torch.Tensor]
 ) -> torch.Tensor:
-    stacked = torch.cat([w.detach() for w in weights])
+    # One after the other: the experts of a layer together are as large as it is.
     if method == "awq":
         d = smoothing.awq_factor(stats.mean_abs, exponent)
     elif method == "crossquant":
         d = crossquant.fold_factor(stats.absmax, exponent)
-    elif method == "smoothquant":
-        d = smoothing.smoothquant_factor(stats.absmax, stacked.abs().amax(0), exponent)
     elif method == "balance":
-        d = smoothing.balance_factor(stats.rms, stacked.square().mean(0).sqrt(), exponent)
+        squares = torch.stack([w.detach().square().sum(0) for w in weights]).sum(0)
+        rms = (squares / sum(w.shape[0] for w in weights)).sqrt()
+        d = smoothing.balance_factor(stats.rms, rms, exponent)
     else:
-        d = fireq.constant_factor(stacked.abs().amax(0), exponent)
+        absmax = torch.stack([w.detach().abs().amax(0) for w in weights]).amax(0)
+        if method == "smoothquant":
+            d = smoothing.smoothquant_factor(stats.absmax, absmax, exponent)
+        else:
+            d = fireq.constant_factor(absmax, exponent)
     return smoothing.normalise(d)
 
 

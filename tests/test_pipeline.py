@@ -1,7 +1,9 @@
 """The main job's output: whole, repeatable, bounded, and nothing of the source lost."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 
-from quantkit import Recipe, load, quantize
+from quantkit import Recipe, load, pipeline, quantize
+from quantkit.calibration.simulate import SimulatedLinear
 from quantkit.calibration.stream import LayerStream
 from quantkit.errors import InternalError, QuantkitError
 from quantkit.formats.checkpoint import INDEX, Checkpoint
@@ -166,6 +169,28 @@ def test_a_sample_runs_through_a_layer_twice(tiny, text, tmp_path: Path, monkeyp
     monkeypatch.setattr(LayerStream, "forward", counted)
     quantize(str(tiny()), recipe, tmp_path / "out", calib=str(text), samples=8, seqlen=64)
     assert sum(blocks) == 2 * 2 * 8
+
+
+@pytest.mark.parametrize("variant", ["llama", "mixtral", "qwen3-moe", "llama4"])
+def test_nothing_holds_a_finished_layer(tiny, text, tmp_path: Path, monkeypatch, variant: str):
+    """However many layers there are: those of a mixture of experts have gigabytes each."""
+    made: list[weakref.ref] = []
+    real_init, real_layer = SimulatedLinear.__init__, pipeline._one_layer
+
+    def init(self, *arguments) -> None:
+        real_init(self, *arguments)
+        made.append(weakref.ref(self))
+
+    def one_layer(*arguments):
+        result = real_layer(*arguments)
+        gc.collect()
+        assert made
+        assert not [linear for linear in made if linear() is not None]
+        return result
+
+    monkeypatch.setattr(SimulatedLinear, "__init__", init)
+    monkeypatch.setattr(pipeline, "_one_layer", one_layer)
+    quantize(str(tiny(variant)), "gptq", tmp_path / "out", calib=str(text), samples=8, seqlen=64)
 
 
 def test_biases_are_kept(quantized, tiny):

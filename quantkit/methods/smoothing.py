@@ -83,21 +83,20 @@ def search(
     if not weights:
         raise ValueError("a search needs at least one weight")
     x = x.float()
-    wide = [weight.float() for weight in weights]
 
     def product(rows: Tensor, weight: Tensor) -> Tensor:
         return (rows.to(products) @ weight.to(products).T).float()
 
-    outputs = [product(x, weight) for weight in wide]
     factors = [torch.ones(columns, device=x.device), *(d.float() for d in candidates)]
-    errors = []
-    for d in factors:
-        rounded = quantize_activation(x / d)
-        total = sum(
-            float((output - product(rounded, quantize_weight(weight * d))).square().sum())
-            for output, weight in zip(outputs, wide)
-        )
-        errors.append(total if math.isfinite(total) else math.inf)
+    rounded = [quantize_activation(x / d) for d in factors]
+    errors = [0.0] * len(factors)
+    # A linear at a time: of a layer's experts, the outputs would be many times the inputs.
+    for weight in map(Tensor.float, weights):
+        output = product(x, weight)
+        for number, d in enumerate(factors):
+            missed = output - product(rounded[number], quantize_weight(weight * d))
+            errors[number] += float(missed.square().sum())
+    errors = [error if math.isfinite(error) else math.inf for error in errors]
     return factors[errors.index(min(errors))], errors
 
 

@@ -42,18 +42,20 @@ class ModelCheckpoint(Checkpoint):
         self.__dict__.update(source.__dict__)
         self._to_file: dict[str, str] = {}
         self._slices: dict[str, _Slice] = {}
-        self._experts: dict[str, LinearExperts] = {
+        experts: dict[str, LinearExperts] = {
             name: m for name, m in skeleton.named_modules() if isinstance(m, LinearExperts)
         }
+        # Not the modules: a layer's weights live as long as anything holds them.
+        self._stacks = {name: module.stack for name, module in experts.items()}
         # (stack and number, matrix) of the expert that was read last.
         self._last: tuple[tuple[int, int], torch.Tensor] | None = None
-        naming = _Naming(skeleton, self._experts)
+        naming = _Naming(skeleton, set(experts))
         self.tensors = {}
         for name, info in source.tensors.items():
             ours = naming.in_model(name)
             module, _, kind = ours.rpartition(".")
-            if module in self._experts and kind in _STACKED and len(info.shape) == 3:
-                self._unstack(module, kind, info, name.rpartition(".")[0])
+            if module in experts and kind in _STACKED and len(info.shape) == 3:
+                self._unstack(module, experts[module], kind, info, name.rpartition(".")[0])
                 continue
             self.tensors[ours] = info
             self._to_file[module] = name.rpartition(".")[0]
@@ -62,8 +64,9 @@ class ModelCheckpoint(Checkpoint):
             self._to_file = {name: naming.in_files(name) for name in self._to_file}
         self._to_model = {file: module for module, file in self._to_file.items()}
 
-    def _unstack(self, module: str, kind: str, info: TensorInfo, file: str) -> None:
-        experts = self._experts[module]
+    def _unstack(
+        self, module: str, experts: LinearExperts, kind: str, info: TensorInfo, file: str
+    ) -> None:
         gate, up, down = experts.names
         parts = {gate: "gate", up: "up"} if kind == "gate_up_proj" else {down: "down"}
         for number in range(experts.num_experts):
@@ -123,7 +126,7 @@ class ModelCheckpoint(Checkpoint):
 
     def _stack(self, name: str) -> Stack:
         """How the module keeps its experts that a slice is of."""
-        return self._experts[name.rpartition(".")[0].rsplit(".", 2)[0]].stack
+        return self._stacks[name.rpartition(".")[0].rsplit(".", 2)[0]]
 
     @property
     def kept_bytes(self) -> int:
@@ -177,7 +180,7 @@ def check_complete(model: Any, checkpoint: Checkpoint) -> None:
 class _Naming:
     """File's name of a tensor -> the model's."""
 
-    def __init__(self, skeleton: Any, experts: dict[str, LinearExperts]) -> None:
+    def __init__(self, skeleton: Any, experts: set[str]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter
 
