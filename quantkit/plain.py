@@ -75,13 +75,12 @@ def _round(
             if scheme.rotation:
                 weight = rotate(weight, scheme.rotation)
             scale = weight_scale(weight, scheme.weights, weights.clip, None)
-            codes = rounding.quantize(weight, scale, grid)
+            codes, missed, square = rounding.quantize_measured(weight, scale, grid)
             packed = packed_tensors(codes, scale, scheme)
             pieces.write(packed.pop(large))
             for suffix, tensor in packed.items():
                 rest.setdefault(suffix, []).append(tensor)
-            total += float(weight.square().sum())
-            lost += float((rounding.dequantize(codes, scale, grid) - weight).square_().sum())
+            lost, total = lost + missed, total + square
     for suffix, tensors in rest.items():
         whole = torch.tensor([rows, columns]) if suffix == "weight_shape" else torch.cat(tensors)
         folder.add(f"{module}.{suffix}", whole)

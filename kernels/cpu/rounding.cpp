@@ -1,4 +1,5 @@
-// Offline: GPTQ's columns within a block, and the search of clipping ratios. Sixteen rows of the weight at a time.
+// Offline: GPTQ's columns within a block, sixteen rows of the weight at a time; the search of clipping ratios; rounding
+// to nearest.
 
 #include <algorithm>
 #include <cstdlib>
@@ -56,6 +57,23 @@ double gptq_lanes(float* work, const float* original, int64_t n, int64_t first, 
         }
     }
     return loss;
+}
+
+// The nearest codes of one group of `size` numbers; adds its squared errors and squares.
+void round_group(const float* x, int64_t size, float scale, const Grid& grid, int8_t* codes, double* lost,
+                 double* total) {
+    const __m512 step = _mm512_set1_ps(scale);
+    __m512 errors = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    for (int64_t k = 0; k < size; k += kLanes) {
+        const __mmask16 mask = left(k, size);
+        const __m512 number = _mm512_maskz_loadu_ps(mask, x + k), code = nearest(number, step, grid);
+        const __m512 error = _mm512_maskz_sub_ps(mask, number, value(code, step, grid));
+        errors = _mm512_fmadd_ps(error, error, errors);
+        squares = _mm512_fmadd_ps(number, number, squares);
+        _mm_mask_storeu_epi8(codes + k, mask, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(code)));
+    }
+    *lost += _mm512_reduce_add_ps(errors);
+    *total += _mm512_reduce_add_ps(squares);
 }
 
 // The scale with the least squared error of one group of `size` numbers.
@@ -124,5 +142,21 @@ extern "C" void quantkit_scale_search(const float* weight, int64_t rows, int64_t
     for (int64_t at = 0; at < rows * groups; ++at) {
         const float* other = importance ? importance + at % groups * size : nullptr;
         scale[at] = search(weight + at * size, size, other, scale[at], ratios, count, grid);
+    }
+}
+
+// weight float [rows, groups * size], scale float [rows, groups], codes int8 as weight, sums double [rows, 2]: of the
+// squared errors and of the squares.
+extern "C" void quantkit_round(const float* weight, int64_t rows, int64_t groups, int64_t size, const float* scale,
+                               float low, float high, float shift, int8_t* codes, double* sums, int threads) {
+    const Grid grid{low, high, shift};
+    threads = useful_threads(threads, rows, groups * size);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        double lost = 0, total = 0;
+        for (int64_t group = row * groups; group < (row + 1) * groups; ++group)
+            round_group(weight + group * size, size, scale[group], grid, codes + group * size, &lost, &total);
+        sums[2 * row] = lost;
+        sums[2 * row + 1] = total;
     }
 }

@@ -87,3 +87,30 @@ def scale_search(
         *(low, high, shift, best.data_ptr(), torch.get_num_threads()),
     )
     return best
+
+
+def round_to_nearest(
+    weight: torch.Tensor, scale: torch.Tensor, low: int, high: int, shift: float
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The nearest codes, and what they miss; None where they cannot be had.
+
+    Args:
+        weight: float32 [N, K].
+        scale: float32 [N, G].
+        low, high, shift: as `gptq_block`.
+
+    Returns:
+        (codes int8 [N, K], float64 [N, 2]: of each row the squared errors' sum and the squares').
+    """
+    library = native.library()
+    if library is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    weight, scale = weight.contiguous(), scale.float().contiguous()
+    rows, groups = scale.shape
+    codes = torch.empty_like(weight, dtype=torch.int8)
+    sums = torch.empty(rows, 2, dtype=torch.float64)
+    library.quantkit_round(
+        *(weight.data_ptr(), rows, groups, weight.shape[1] // max(groups, 1), scale.data_ptr()),
+        *(low, high, shift, codes.data_ptr(), sums.data_ptr(), torch.get_num_threads()),
+    )
+    return codes, sums

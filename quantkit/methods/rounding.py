@@ -193,6 +193,23 @@ def quantize(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     return grid.encode(groups, scale).view(weight.shape)
 
 
+def quantize_measured(weight: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, float, float]:
+    """As `quantize`, with the sums of the squared errors and of the weight's squares.
+
+    Raises:
+        ValueError: K is not a multiple of G.
+    """
+    _by_group(weight, scale)
+    found = native.round_to_nearest(weight, scale, *grid.codes, grid.shift)
+    if found is not None:
+        codes, sums = found
+        lost, total = sums.sum(0).tolist()
+        return codes, lost, total
+    codes = quantize(weight, scale, grid)
+    error = dequantize(codes, scale, grid).sub_(weight)
+    return codes, float(error.square_().sum()), float(weight.square().sum())
+
+
 def dequantize(codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """The values float32 [N, K] of `codes` [N, K] under `scale` [N, G].
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from quantkit.kernels.cpu import native
@@ -11,6 +13,7 @@ from quantkit.methods.rounding import (
     group,
     mse_scale,
     quantize,
+    quantize_measured,
     store_bf16,
 )
 
@@ -141,3 +144,29 @@ def test_the_native_search_finds_what_torch_finds(grid, group_size, importance, 
     assert torch.equal(found.isnan(), want.isnan())
     assert float((found.nan_to_num() == want.nan_to_num()).float().mean()) > 0.95
     torch.testing.assert_close(found, want, rtol=0.05, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("group_size", [20, 64, None])
+@pytest.mark.parametrize("grid", [Grid(3), Grid(4), Grid(4, half=True), Grid(8)], ids=str)
+def test_codes_come_with_what_they_miss(grid, group_size, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(70, 640, generator=generator)[:, ::2] ** 3
+    weight[2] = 0
+    weight[3, 5] = torch.nan
+    scale = store_bf16(mse_scale(weight, group_size, grid))
+    scale[4] = 0
+    scale[5] = -1
+    want = quantize(weight, scale, grid)
+    usable = torch.arange(70)[torch.arange(70) != 3]
+    error = dequantize(want, scale, grid)[usable] - weight[usable]
+    for library in [native.library, lambda: None]:
+        monkeypatch.setattr(native, "library", library)
+        codes, lost, total = quantize_measured(weight, scale, grid)
+        assert torch.equal(codes, want)
+        assert math.isnan(lost)
+        assert math.isnan(total)
+        codes, lost, total = quantize_measured(weight[usable], scale[usable], grid)
+        assert lost == pytest.approx(float(error.double().square().sum()), rel=1e-5)
+        assert total == pytest.approx(float(weight[usable].double().square().sum()), rel=1e-5)
+    with pytest.raises(ValueError, match="divide"):
+        quantize_measured(weight, scale.repeat(1, 3)[:, :7], grid)
