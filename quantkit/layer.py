@@ -170,11 +170,16 @@ class _Work:
             if figures.get("fallback") == "nearest":
                 weights = weights.model_copy(update={"rounding": "nearest"})
             linear: Any = self.layer.get_submodule(name)
-            solved, measured = solve(
-                linear.weight.detach(), scheme, weights, self.recipe.gptq, inputs
-            )
             # Only refinement goes on from what was rounded.
-            target = (solved.target,) if self.recipe.refine and solved.target is not None else ()
+            solved, measured = solve(
+                linear.weight.detach(),
+                scheme,
+                weights,
+                self.recipe.gptq,
+                inputs,
+                keep_target=self.recipe.refine is not None,
+            )
+            target = () if solved.target is None else (solved.target,)
             return (solved.codes, solved.scale, *target), measured | figures
 
         jobs = [

@@ -18,7 +18,7 @@ from quantkit.recipe import GPTQ, Weights
 
 # Columns of a Hessian that are multiplied together.
 _STRIP = 1024
-_ENERGY_OUTPUTS = 1024
+_ENERGY_OUTPUTS = 512
 # Rows of a weight whose errors are looked at together.
 _ROWS = 512
 
@@ -30,7 +30,7 @@ class Solved:
     Attributes:
         codes: int8 [N, K], of the rotated weight where the scheme rotates.
         scale: as stored, float32 [N, G].
-        target: float32 [N, K]: `codes` are its nearest levels; None where nobody asks any more.
+        target: float32 [N, K]: `codes` are its nearest levels; None where nobody asks for it.
     """
 
     codes: torch.Tensor
@@ -90,7 +90,7 @@ class Inputs:
     def energy(self, weight: torch.Tensor, bits: int) -> float:
         """tr(W H W^T) of a weight [N, K] of so many bits: what its errors are compared with.
 
-        About a thousand outputs, evenly spread, stand for all: it is a figure of the report, and costs as much as a solve.
+        Some hundred outputs, evenly spread, stand for all: it is a figure of the report, and costs as much as a solve.
         """
         dtype = product_dtype(weight.device, bits)
         rows = weight.shape[0]
@@ -112,11 +112,14 @@ def solve(
     weights: Weights,
     settings: GPTQ,
     inputs: Inputs | None,
+    *,
+    keep_target: bool = False,
 ) -> tuple[Solved, dict[str, Any]]:
     """A weight [N, K] in its scheme, and figures for the report.
 
     Args:
         inputs: what it reads; needed for GPTQ.
+        keep_target: whether the result has one.
     """
     if scheme.rotation:
         weight = rotate(weight, scheme.rotation)
@@ -149,7 +152,8 @@ def solve(
     if inputs is not None:
         energy = inputs.energy(weight, scheme.weights.bits)
         figures["output_error"] = (found.loss if found else loss) / max(energy, 1e-30)
-    return Solved(codes, scale, found.target if found else weight), figures
+    target = (found.target if found else weight) if keep_target else None
+    return Solved(codes, scale, target), figures
 
 
 def _errors(

@@ -42,7 +42,9 @@ def quantized_layer(scheme: Scheme):
     solved = {}
     for name in [n for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)]:
         weight = layer.get_submodule(name).weight
-        solved[name], _ = solve(weight, scheme, settings, Recipe.load("int4").gptq, None)
+        solved[name], _ = solve(
+            weight, scheme, settings, Recipe.load("int4").gptq, None, keep_target=True
+        )
         simulate(layer, name, solved[name], scheme)
     return layer, solved, Task(forward, inputs, targets)
 

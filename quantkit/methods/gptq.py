@@ -38,7 +38,7 @@ class HessianFactor:
     """A damped Hessian made ready, for all weights that read its inputs; from `factorize`.
 
     Attributes:
-        order: int64 [K], the columns as they are visited.
+        order: int64 [K], the columns as they are visited; None where that is as they lie.
         ratios: float32 [K, K], M in that order: upper triangular, 1 on the diagonal.
         pivots: float64 [K], D in that order, in units of `mean`.
         mean: the mean of the Hessian's diagonal.
@@ -46,7 +46,7 @@ class HessianFactor:
         dead: bool [K], in that order: inputs that were always zero.
     """
 
-    order: Tensor
+    order: Tensor | None
     ratios: Tensor
     pivots: Tensor
     mean: float
@@ -60,14 +60,21 @@ class GptqResult:
 
     Attributes:
         codes: int8 [N, K].
-        target: float32 [N, K], the weight as it stood when each column was rounded, earlier columns' errors
-            made up for: `codes` are its nearest levels.
+        visited: float32 [K, n] each for some rows of the weight, as they stood when each column was rounded, in the order
+            of visits.
+        order: as `HessianFactor`'s.
         loss: tr(E H E^T) of the errors E, without damping.
     """
 
     codes: Tensor
-    target: Tensor
+    visited: list[Tensor]
+    order: Tensor | None
     loss: float
+
+    @property
+    def target(self) -> Tensor:
+        """The weight float32 [N, K] with earlier columns' errors made up for: `codes` are its nearest levels."""
+        return _rows_of(self.visited, self.order)
 
 
 def accumulate_hessian(hessian: Tensor, x: Tensor) -> None:
@@ -113,23 +120,20 @@ def factorize(
     mean = float(diagonal[alive].mean()) if bool(alive.any()) else 1.0
     if not all_finite(hessian) or not mean > 0:
         return None
-    order = torch.arange(hessian.shape[0], device=hessian.device)
-    if act_order:
-        order = diagonal.float().argsort(descending=True, stable=True)
-    # A Cholesky factor is lower, M is upper: it is that of the matrix with rows and columns in reverse.
-    backwards, alive = order.flip(0), alive[order].flip(0)
+    order = diagonal.float().argsort(descending=True, stable=True) if act_order else None
+    alive = alive if order is None else alive[order]
     for attempt in range(_RETRIES + 1):
         damping = damping * 10 if attempt else damping
         # In float32, as the sums are: no eigenvalue is above K times the mean, so damping by a hundredth of it keeps the
         # condition below 100 K. Factored where it lies: of 28,672 inputs it has 3.3 GB. Made anew where that fails.
-        matrix = _reordered(hessian, backwards, alive, mean)
+        matrix = _reversed(hessian, order, alive, mean)
         matrix.diagonal().add_(damping)
         transposed = matrix.mT  # LAPACK's order: no copy is made for it
         info = torch.empty((), dtype=torch.int32, device=matrix.device)
         torch.linalg.cholesky_ex(transposed, upper=True, out=(transposed, info))
         if int(info) == 0:
             pivots = matrix.diagonal().double().flip(0).square()
-            dead = ~alive.flip(0)
+            dead = ~alive
             pivots[dead] = 1 + damping  # without the rounding of a root
             ratios = _ratios(matrix)
             if all_finite(ratios):
@@ -154,48 +158,40 @@ def gptq(
         ValueError: shapes do not fit, or `block` is not positive.
     """
     columns, order = weight.shape[1], factor.order
-    if order.numel() != columns:
-        raise ValueError(f"the Hessian of {columns} inputs cannot be one of {order.numel()}")
+    if factor.dead.numel() != columns:
+        raise ValueError(f"the Hessian of {columns} inputs cannot be one of {factor.dead.numel()}")
     if scale.shape[0] != weight.shape[0] or columns % scale.shape[1]:
         raise ValueError(f"scales {list(scale.shape)} do not fit a weight {list(weight.shape)}")
     if block < 1:
         raise ValueError(f"block must be positive, not {block}")
 
-    # Transposed: a column of the weight is then contiguous, and updates run along memory.
-    work = weight.float().T[order]
-    groups = (order // (columns // scale.shape[1])).int()
+    places = torch.arange(columns, device=weight.device) if order is None else order
+    groups = (places // (columns // scale.shape[1])).int()
     # Rows do not depend on each other. On a GPU splitting them would only add launches.
     rows = _ROWS if weight.device.type == "cpu" else max(weight.shape[0], 1)
-    parts = [part.contiguous() for part in work.split(rows, 1)]
-    visited = [
-        _compensate(part, original, factor, level.T.contiguous(), groups, grid, block)
-        for part, original, level in zip(parts, weight.split(rows), scale.float().split(rows))
+    parts = [
+        _compensate(part.float(), factor, level.T.contiguous(), groups, grid, block)
+        for part, level in zip(weight.split(rows), scale.float().split(rows))
     ]
-    codes, target = torch.empty_like(work, dtype=torch.int8), work
-    codes[order] = torch.cat([found for found, _ in visited], 1)
-    target[order] = torch.cat(parts, 1)
-    return GptqResult(codes.T.contiguous(), target.T.contiguous(), sum(loss for _, loss in visited))
+    codes = _rows_of([codes for codes, _, _ in parts], order)
+    return GptqResult(codes, [v for _, v, _ in parts], order, sum(loss for *_, loss in parts))
 
 
 def _compensate(
-    work: Tensor,
-    weight: Tensor,
-    factor: HessianFactor,
-    scale: Tensor,
-    groups: Tensor,
-    grid: Grid,
-    block: int,
-) -> tuple[Tensor, float]:
-    """The loop of GPTQ on a weight [N, K], its copy `work` [K, N] in the order of visits (becomes the targets) and
-    `scale` [G, N]: codes [K, N], and their loss."""
-    columns = work.shape[0]
+    weight: Tensor, factor: HessianFactor, scale: Tensor, groups: Tensor, grid: Grid, block: int
+) -> tuple[Tensor, Tensor, float]:
+    """The loop of GPTQ on a weight float32 [N, K] with `scale` [G, N]: in the order of visits, codes [K, N] and the weight
+    as it stood [K, N]; their loss."""
+    columns = weight.shape[1]
+    # Transposed: a column of the weight is then contiguous, and updates run along memory.
+    work = _columns(weight, factor.order, slice(0, columns))
     codes = torch.empty_like(work, dtype=torch.int8)
     loss: float | Tensor = 0.0
     for start in range(0, columns, block):
         here = slice(start, min(start + block, columns))
         part = _Block(
             work[here],
-            weight[:, factor.order[here]].float().T.contiguous(),
+            _columns(weight, factor.order, here),
             factor.ratios[here, here],
             scale,
             groups[here],
@@ -205,7 +201,7 @@ def _compensate(
         errors, lost = part.round(codes[here], grid)
         loss = loss + lost
         work[here.stop :].addmm_(factor.ratios[here, here.stop :].T, errors)
-    return codes, max(float(loss), 0.0) * factor.mean
+    return codes, work, max(float(loss), 0.0) * factor.mean
 
 
 @dataclass(frozen=True)
@@ -258,13 +254,32 @@ class _Block:
         return errors, loss.sum()
 
 
-def _reordered(hessian: Tensor, order: Tensor, alive: Tensor, mean: float) -> Tensor:
-    """Rows and columns `order` of `hessian` over `mean`; the identity where an input is not alive."""
-    columns = hessian.shape[0]
-    matrix = torch.empty(columns, columns, device=hessian.device)
-    for first in range(0, columns, _CHUNK):
-        rows = slice(first, first + _CHUNK)
-        matrix[rows] = hessian[order[rows]][:, order].div_(mean)
+def _columns(weight: Tensor, order: Tensor | None, here: slice) -> Tensor:
+    """A copy [B, N] of the columns of a weight [N, K] that are visited from here to there."""
+    columns = weight[:, here] if order is None else weight[:, order[here]]
+    return columns.T.clone(memory_format=torch.contiguous_format)
+
+
+def _rows_of(visited: list[Tensor], order: Tensor | None) -> Tensor:
+    """A matrix [N, K] of parts [K, n] whose columns lie in the order of their visits."""
+    back = None if order is None else order.argsort()
+    return torch.cat([(part if back is None else part[back]).T for part in visited])
+
+
+def _reversed(hessian: Tensor, order: Tensor | None, alive: Tensor, mean: float) -> Tensor:
+    """Rows and columns of `hessian` over `mean`, the last to be visited first; the identity where an input is not alive.
+
+    A Cholesky factor is lower, M is upper: it is that of the matrix in reverse.
+    """
+    alive = alive.flip(0)
+    if order is None:
+        matrix = hessian.float().flip(0, 1).div_(mean)
+    else:
+        order = order.flip(0)
+        matrix = torch.empty_like(hessian, dtype=torch.float32)
+        for first in range(0, hessian.shape[0], _CHUNK):
+            rows = slice(first, first + _CHUNK)
+            matrix[rows] = hessian[order[rows]][:, order].div_(mean)
     if not bool(alive.all()):
         matrix[~alive] = 0
         matrix[:, ~alive] = 0

@@ -189,8 +189,9 @@ def quantize(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     Raises:
         ValueError: K is not a multiple of G.
     """
-    groups, scale = _by_group(weight, scale)
-    return grid.encode(groups, scale).view(weight.shape)
+    groups, level = _by_group(weight, scale)
+    found = native.round_to_nearest(weight, scale, *grid.codes, grid.shift)
+    return found[0] if found is not None else grid.encode(groups, level).view(weight.shape)
 
 
 def quantize_measured(weight: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, float, float]:

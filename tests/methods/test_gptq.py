@@ -194,7 +194,8 @@ def test_the_factor_is_that_of_the_damped_hessian(
     assert torch.equal(factor.ratios, factor.ratios.triu())
     assert torch.equal(factor.ratios.diagonal(), torch.ones(columns))
     ratios, pivots = factor.ratios.double(), factor.pivots.double()
-    damped = (hessian.double() / factor.mean + damping * identity)[factor.order][:, factor.order]
+    order = torch.arange(len(hessian)) if factor.order is None else factor.order
+    damped = (hessian.double() / factor.mean + damping * identity)[order][:, order]
     assert torch.allclose(ratios @ pivots.diag() @ ratios.T, damped, atol=1e-4)
 
 
