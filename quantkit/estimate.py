@@ -41,7 +41,7 @@ _REFINING = 7 * 4 + 1
 _TOKENS_PER_BATCH = 2048
 _HEAD_ROWS = 8192
 _SANITY_TOKENS = 128
-_SEARCH_ROWS = 1024
+_SEARCH_ROWS = 512
 # Reading and writing, where nothing is computed.
 _BYTES_PER_SECOND = 150e6
 
