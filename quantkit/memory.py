@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Of glibc's malloc.h.
@@ -75,6 +77,18 @@ def trim() -> None:
     """Give freed memory back to the system: glibc keeps it otherwise, and the peak creeps up layer by layer."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Within it Python looks for no cycles to free: a third of the time that a skeleton of 36,000 linears takes to build."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def threads() -> int:

@@ -10,6 +10,7 @@ from quantkit.errors import QuantkitError
 from quantkit.estimate import Estimate, estimate
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.scheme import Scheme
+from quantkit.memory import no_collection
 from quantkit.models.files import ModelCheckpoint, check_complete
 from quantkit.models.names import find_model
 from quantkit.models.rotating import ResidualBasis, check_values, residual_basis
@@ -104,6 +105,7 @@ class Plan:
         }
 
 
+@no_collection()
 def make_plan(
     model: str,
     recipe: Recipe,

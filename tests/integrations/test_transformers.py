@@ -155,6 +155,21 @@ def test_torch_compile_takes_it_whole(quantized):
         assert torch.equal(compiled(ids(), use_cache=False).logits, want)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["fireq", "crossquant"])
+def test_inductor_compiles_the_whole_model(quantized, recipe: str):
+    """In float32: compiled code adds in another order, and bfloat16 would show that as much as a fault."""
+    model = AutoModelForCausalLM.from_pretrained(quantized(recipe), dtype=torch.float32)
+    prompts = torch.cat([ids(), ids().flip(1)])
+    static = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
+    with torch.no_grad():
+        logits, tokens = model(prompts).logits, model.generate(prompts, **static)
+        compiled = torch.compile(model, fullgraph=True)
+        assert float((compiled(prompts).logits - logits).abs().mean()) < 2e-3
+        model.forward = torch.compile(model.forward)
+        assert torch.equal(model.generate(prompts, **static), tokens)
+
+
 def test_checkpoints_of_others_stay_with_compressed_tensors(quantized, tmp_path: Path):
     pytest.importorskip("compressed_tensors")
     folder = edit(quantized("int4"), tmp_path / "theirs", lambda q: q.pop("quantkit"))
