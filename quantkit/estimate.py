@@ -1,6 +1,6 @@
 """What a quantization will take: memory on the host and on the device, disk, and roughly how long.
 
-The sums follow what `pipeline`, `plain` and `verify` hold at the same time; a test compares them with the peak that
+The sums follow what `pipeline`, `step`, `plain` and `verify` hold at the same time; a test compares them with the peak that
 the kernel saw.
 """
 

@@ -27,7 +27,7 @@ from quantkit.plan import Plan
 from quantkit.ranks import Ranks
 
 # Of the state's form and meaning.
-_VERSION = 2
+_VERSION = 3
 
 
 def describe_run(

@@ -175,7 +175,7 @@ def test_a_sample_runs_through_a_layer_twice(tiny, text, tmp_path: Path, monkeyp
 def test_nothing_holds_a_finished_layer(tiny, text, tmp_path: Path, monkeypatch, variant: str):
     """However many layers there are: those of a mixture of experts have gigabytes each."""
     made: list[weakref.ref] = []
-    real_init, real_layer = SimulatedLinear.__init__, pipeline._one_layer
+    real_init, real_layer = SimulatedLinear.__init__, pipeline.run_layer
 
     def init(self, *arguments) -> None:
         real_init(self, *arguments)
@@ -189,7 +189,7 @@ def test_nothing_holds_a_finished_layer(tiny, text, tmp_path: Path, monkeypatch,
         return result
 
     monkeypatch.setattr(SimulatedLinear, "__init__", init)
-    monkeypatch.setattr(pipeline, "_one_layer", one_layer)
+    monkeypatch.setattr(pipeline, "run_layer", one_layer)
     quantize(str(tiny(variant)), "gptq", tmp_path / "out", calib=str(text), samples=8, seqlen=64)
 
 
