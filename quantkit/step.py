@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from quantkit.calibration.stream import LayerStream, observe
+from quantkit.calibration.observe import observe
+from quantkit.calibration.stream import LayerStream
 from quantkit.errors import QuantkitError
 from quantkit.formats.packed import packed_tensors
 from quantkit.formats.writer import OutputFolder
@@ -41,8 +42,7 @@ def run_layer(
     norm_dtype = _norm_dtype(plan, prefix, structure)
     with stream.layer(number) as layer:
         if stream.hidden is None:
-            arguments: tuple[Any, Any] = ({}, None)
-            reference = None
+            seen, reference = None, None
         else:
             reference = _Reference(_ERROR_BLOCKS - stream.first, ranks)
             gptq = {
@@ -60,9 +60,9 @@ def run_layer(
                     batches=stream.batches,
                     products=stream.products,
                     ranks=ranks,
-                ) as arguments,
+                ) as seen,
             ):
-                stream.run(layer, number, reference.keep)
+                stream.run(layer, number, reference.keep, watched=seen, outputs=reference.blocks)
             if stream.hidden_reference is not None:
                 stream.advance_reference(layer, number)
         with state.stage("quantize"):
@@ -72,11 +72,12 @@ def run_layer(
                 plan.recipe,
                 plan.schemes,
                 structure,
-                *arguments,
+                seen.inputs if seen else {},
+                seen.keys if seen else None,
                 norm_dtype=norm_dtype,
                 ranks=ranks,
             )
-        arguments = ({}, None)  # the Hessians of wide layers are as large as they are
+        seen = None  # the Hessians of wide layers are as large as they are
         if stream.hidden is not None:
             _quantize_cache(plan, layer.get_submodule(structure.attention.path), result)
         if plan.recipe.refine:

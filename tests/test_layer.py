@@ -4,7 +4,7 @@ from tiny_models import make_model
 
 from quantkit import layer as module
 from quantkit import solve
-from quantkit.calibration.stream import observe
+from quantkit.calibration.observe import observe
 from quantkit.methods.hadamard import rotate
 from quantkit.models.outliers import plant_outliers
 from quantkit.models.structure import find_structure
@@ -31,13 +31,11 @@ def test_gptq_gets_the_hessian_of_what_the_weight_will_read(
     hidden = torch.randn(2, 40, 256, generator=torch.Generator().manual_seed(0))
     positions = model.model.rotary_emb(hidden, torch.arange(40)[None])
     with (
-        observe(block, structure.layer(0), hessians={place}, keep_rows=64, batches=1) as (
-            inputs,
-            keys,
-        ),
+        observe(block, structure.layer(0), hessians={place}, keep_rows=64, batches=1) as watched,
         torch.no_grad(),
     ):
         block(hidden, position_embeddings=positions)
+    inputs, keys = watched.inputs, watched.keys
     before = inputs[place].hessian.clone()
     seen: list[torch.Tensor] = []
     real = solve.factorize

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 
 from quantkit import Recipe, load, pipeline, quantize
+from quantkit.calibration.observe import Enough, Watched
 from quantkit.calibration.simulate import SimulatedLinear
 from quantkit.calibration.stream import LayerStream
 from quantkit.errors import InternalError, QuantkitError
@@ -169,6 +170,33 @@ def test_a_sample_runs_through_a_layer_twice(tiny, text, tmp_path: Path, monkeyp
     monkeypatch.setattr(LayerStream, "forward", counted)
     quantize(str(tiny()), recipe, tmp_path / "out", calib=str(text), samples=8, seqlen=64)
     assert sum(blocks) == 2 * 2 * 8
+
+
+@pytest.mark.parametrize("variant", ["llama", "falcon", "gpt-neox", "mixtral", "qwen3-moe"])
+def test_products_that_nobody_asked_for_are_left_out(
+    tiny, text, tmp_path: Path, monkeypatch, variant: str
+):
+    """Behind a layer's last input, but of the blocks whose outputs are compared; the output is the same."""
+    ended: list[str] = []
+    real = Watched.saw
+
+    def saw(self, name: str, x: torch.Tensor) -> None:
+        try:
+            real(self, name, x)
+        except Enough:
+            ended.append(name)
+            raise
+
+    monkeypatch.setattr(Watched, "saw", saw)
+    files = []
+    for name in ("early", "whole"):
+        out = tmp_path / name
+        quantize(str(tiny(variant)), "gptq", out, calib=str(text), samples=16, seqlen=64)
+        files.append((out / "model.safetensors").read_bytes())
+        monkeypatch.setattr(Watched, "may_end_early", lambda _: False)
+    assert files[0] == files[1]
+    # Two layers, eight batches of two blocks, four blocks that are compared.
+    assert variant == "qwen3-moe" or len(ended) == 2 * 6
 
 
 @pytest.mark.parametrize("variant", ["llama", "mixtral", "qwen3-moe", "llama4"])

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from quantkit.calibration.activations import Activations
-from quantkit.calibration.statistics import InputStatistics, KeyStatistics
+from quantkit.calibration.observe import Enough, Watched
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.memory import trim
 from quantkit.models.entry import LayerCall, layer_calls, outside
-from quantkit.models.groups import LayerStructure
 from quantkit.models.rotating import ResidualBasis
 from quantkit.models.structure import Structure
 from quantkit.ranks import ALONE, Ranks
@@ -171,7 +170,11 @@ class LayerStream:
     def forward(self, layer: nn.Module, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """A layer's outputs for some blocks of inputs [blocks, seqlen, width]."""
         if hidden.shape[0] in self._calls:
-            return self._calls[hidden.shape[0]][number].run(layer, hidden.to(self._device))
+            hidden = hidden.to(self._device)
+            try:
+                return self._calls[hidden.shape[0]][number].run(layer, hidden)
+            except Enough:
+                return hidden
         return torch.cat([self.forward(layer, number, block) for block in hidden.split(1)])
 
     @torch.no_grad()
@@ -181,18 +184,24 @@ class LayerStream:
         number: int,
         sink: Callable[[int, torch.Tensor], None],
         hidden: torch.Tensor | None = None,
+        *,
+        watched: Watched | None = None,
+        outputs: int = 0,
     ) -> None:
         """Run each block through a layer; `sink(first, output)` gets the outputs of blocks first, first + 1, ...
 
-        The inputs are the stream's, or `hidden`.
+        The inputs are the stream's, or `hidden`. With `watched`, only blocks before `outputs` are sure to give theirs: the
+        others end where all is seen that is to be seen.
         """
         hidden = self.hidden if hidden is None else hidden
         assert hidden is not None
         narrow = self.products != torch.float32
         for first in range(0, hidden.shape[0], self._batch):
+            cut = watched is not None and first >= outputs and watched.may_end_early()
             with torch.autocast(self._device.type, self.products, enabled=narrow):
                 output = self.forward(layer, number, hidden[first : first + self._batch])
-            sink(first, output.float())
+            if not cut:
+                sink(first, output.float())
             self._store.release()
 
     def advance(self, layer: nn.Module, number: int) -> None:
@@ -235,70 +244,3 @@ def _rows(embedding: Any, checkpoint: Checkpoint, name: str, tokens: torch.Tenso
     found: torch.Tensor = embedding(place).float()
     embedding.padding_idx = kept
     return found
-
-
-@contextmanager
-def observe(
-    layer: nn.Module,
-    structure: LayerStructure,
-    *,
-    hessians: set[str],
-    keep_rows: int,
-    batches: int,
-    products: torch.dtype = torch.float32,
-    ranks: Ranks = ALONE,
-) -> Iterator[tuple[dict[str, InputStatistics], KeyStatistics]]:
-    """Hooks on a layer that collect statistics of every input group, and of the keys, while it runs.
-
-    At the end of the context the statistics are those of all processes.
-
-    Args:
-        structure: the layer's.
-        hessians: names of the input groups whose Hessian is needed.
-        keep_rows: how many tokens of each input to keep.
-        batches: how many batches will come, to all processes.
-        products: as `LayerStream`'s.
-
-    Raises:
-        QuantkitError: an input was not finite.
-    """
-    inputs: dict[str, InputStatistics] = {}
-    handles = []
-    for group in structure.inputs:
-        module = layer.get_submodule(group.watched)
-        weight: Any = module.weight
-        stats = InputStatistics(
-            weight.shape[1],
-            hessian=group.name in hessians,
-            # Factors are searched for groups alone.
-            keep=keep_rows if group in structure.groups else 0,
-            batches=batches,
-            device=weight.device,
-            products=products,
-        )
-        inputs[group.name] = stats
-
-        def hook(
-            _: nn.Module, args: tuple[torch.Tensor, ...], stats: InputStatistics = stats
-        ) -> None:
-            stats.update(args[0])
-
-        handles.append(module.register_forward_pre_hook(hook))
-    keys = KeyStatistics()
-    attention: Any = layer.get_submodule(structure.attention.path)
-    attention.key_observer = keys.update
-    try:
-        yield inputs, keys
-    finally:
-        del attention.key_observer
-        for handle in handles:
-            handle.remove()
-    for group in structure.inputs:
-        if not inputs[group.name].finite:
-            raise QuantkitError(
-                f"the inputs of {', '.join(group.linears)} are not finite on the calibration text: the model's own "
-                "activations overflow, or a layer before was spoilt; quantkit verify tells of a damaged checkpoint"
-            )
-    for stats in inputs.values():
-        stats.combine(ranks)
-    keys.combine(ranks)
