@@ -44,8 +44,8 @@ def product_dtype(device: torch.device, bits: int) -> torch.dtype:
 
 @contextmanager
 def rounded_factors(dtype: torch.dtype) -> Iterator[None]:
-    """Within it, where `dtype` is bfloat16, a CPU with AMX rounds the factors of float32 products to it and adds up in
-    float32; others multiply as they are."""
+    """Within it, where `dtype` is bfloat16, torch on a CPU with AMX rounds the factors of float32 products to it and
+    adds up in float32; on others it multiplies them as they are."""
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     if dtype != torch.bfloat16 or settings is None:
         yield

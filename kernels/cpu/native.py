@@ -23,6 +23,7 @@ from pathlib import Path
 ENV = "QUANTKIT_NATIVE"
 _SOURCES = (
     "hadamard.cpp",
+    "hessian.cpp",
     "int4_linear.cpp",
     "int4_pack.cpp",
     "int4_tiles.cpp",
@@ -91,6 +92,7 @@ _ARGUMENTS = {
     "hadamard": [
         *(POINTER, INT, SIZE, SIZE, SIZE, SIZE, POINTER, *_QUANTIZER, POINTER, POINTER, INT),
     ],
+    "hessian": [POINTER, SIZE, SIZE, SIZE, SIZE, POINTER, POINTER, INT],
     "kv4_quantize": [POINTER, INT, POINTER, POINTER, POINTER, INT, POINTER, INT],
     "kv4_dequantize": [POINTER, POINTER, POINTER, INT, POINTER, INT, INT],
     "kv4_append": [

@@ -50,7 +50,7 @@ class InputStatistics:
         self._abs += magnitude.sum(0)
         if self.hessian is not None:
             with rounded_factors(self._products):
-                accumulate_hessian(self.hessian, x)
+                accumulate_hessian(self.hessian, x, rounded=self._products == torch.bfloat16)
         else:
             self._square += magnitude.square_().sum(0)
         if self._per_batch:

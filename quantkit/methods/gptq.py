@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from quantkit.finite import all_finite
+from quantkit.kernels.cpu import hessian as native_hessian
 from quantkit.kernels.cpu import rounding as native
 from quantkit.methods.rounding import Grid
 
@@ -77,12 +78,17 @@ class GptqResult:
         return _rows_of(self.visited, self.order)
 
 
-def accumulate_hessian(hessian: Tensor, x: Tensor) -> None:
+def accumulate_hessian(hessian: Tensor, x: Tensor, *, rounded: bool = False) -> None:
     """Add 2 X^T X of the rows `x` [T, K] to `hessian` float32 [K, K], in place (it is an accumulator).
 
-    What lies left of the blocks on the diagonal stays as it is: `complete_hessian` fills it in the end.
+    What lies left of the blocks on the diagonal means nothing until `complete_hessian` fills it.
+
+    Args:
+        rounded: `x` may be rounded to bfloat16 where that is faster.
     """
     x = x.to(hessian.dtype)
+    if rounded and native_hessian.accumulate(hessian, x, _STRIP):
+        return
     for first in range(0, x.shape[1], _STRIP):
         strip = slice(first, first + _STRIP)
         hessian[strip, first:].addmm_(x[:, strip].T, x[:, first:], alpha=2.0)

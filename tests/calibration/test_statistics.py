@@ -1,4 +1,5 @@
 import torch
+from quantkit.kernels.cpu import native
 from tiny_models import make_model
 
 from quantkit.calibration.observe import observe
@@ -39,7 +40,7 @@ def test_a_hessian_of_rounded_inputs():
     scale = exact.hessian.diagonal().mean()
     apart = (rounded.hessian - exact.hessian).abs() / scale
     assert float(apart.max()) < 2e-3
-    if torch.cpu._is_amx_tile_supported():  # torch has no such product for others
+    if torch.cpu._is_amx_tile_supported() or native.level() == 1:
         assert float(apart.max()) > 1e-5
     assert float((exact.hessian / scale).fill_diagonal_(0).abs().max()) > 0.3
     # Nothing else that is computed here takes it from now on.
