@@ -9,6 +9,9 @@ from quantkit.methods.gptq import accumulate_hessian, complete_hessian
 from quantkit.methods.hadamard import rotate_hessian
 from quantkit.ranks import Ranks
 
+# Numbers looked at together: the passes over them stay in the cache.
+_ELEMENTS = 1 << 18
+
 
 class InputStatistics:
     """Statistics of one input [tokens, K] of a layer, shared by all linears that read it.
@@ -45,14 +48,15 @@ class InputStatistics:
         """Take in a batch [..., K]."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.tokens += x.shape[0]
-        magnitude = x.abs()
-        self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
-        self._abs += magnitude.sum(0)
+        for part in x.split(max(1, _ELEMENTS // x.shape[1])):
+            magnitude = part.abs()
+            self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
+            self._abs += magnitude.sum(0)
+            if self.hessian is None:
+                self._square += magnitude.square_().sum(0)
         if self.hessian is not None:
             with rounded_factors(self._products):
                 accumulate_hessian(self.hessian, x, rounded=self._products == torch.bfloat16)
-        else:
-            self._square += magnitude.square_().sum(0)
         if self._per_batch:
             step = max(1, x.shape[0] // self._per_batch)
             self._rows.append(x[::step][: self._per_batch].clone())
