@@ -6,6 +6,9 @@ import torch
 
 from . import native
 
+# Packed together: enough to hide what reading and writing the sums takes, few enough to take little memory.
+_TOKENS = 512
+
 
 def accumulate(hessian: torch.Tensor, x: torch.Tensor, strip: int) -> bool:
     """Add 2 X^T X of inputs rounded to bfloat16, summed in float32; False where there is no better way than torch's.
@@ -24,10 +27,11 @@ def accumulate(hessian: torch.Tensor, x: torch.Tensor, strip: int) -> bool:
         return False
     library = native.library()
     assert library is not None
-    tokens, columns = x.shape
-    packed = torch.empty(-(-columns // 16), -(-tokens // 2), 16, dtype=torch.int32)
-    library.quantkit_hessian(
-        *(x.data_ptr(), x.stride(0), tokens, columns, strip, packed.data_ptr()),
-        *(hessian.data_ptr(), torch.get_num_threads()),
-    )
+    columns = x.shape[1]
+    packed = torch.empty(-(-columns // 16), _TOKENS // 2, 16, dtype=torch.int32)
+    for part in x.split(_TOKENS):
+        library.quantkit_hessian(
+            *(part.data_ptr(), part.stride(0), part.shape[0], columns, strip, packed.data_ptr()),
+            *(hessian.data_ptr(), torch.get_num_threads()),
+        )
     return True
