@@ -24,8 +24,9 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     if codes.numel() == 0:
         return codes.new_empty((codes.shape[0], codes.shape[1] // PER_WORD), dtype=torch.int32)
     # Two codes to a little-endian int16, whose low byte becomes the two nibbles: whole vectors, no strides.
-    pairs = (codes.contiguous() + 8).view(torch.int16)
-    return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8).view(torch.int32)
+    pairs = (codes.reshape(-1) + 8).view(torch.int16)
+    words = (pairs >> 4).bitwise_or_(pairs).to(torch.uint8).view(torch.int32)
+    return words.reshape(len(codes), codes.shape[1] // PER_WORD)
 
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:

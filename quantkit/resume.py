@@ -23,6 +23,7 @@ from quantkit.device import product_dtype
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint, read_json
 from quantkit.formats.writer import UNFINISHED, OutputFolder, difference, writing
+from quantkit.kernels.cpu import native
 from quantkit.plan import Plan
 from quantkit.ranks import Ranks
 
@@ -46,8 +47,10 @@ def describe_run(
         "calibration": data.to_dict() if data else None,
         "seed": seed,
         "device": device.type,
-        # Processors that multiply bfloat16 by themselves use it for products that only measure.
+        # Processors that multiply bfloat16 by themselves use it for products that only measure, and our own loops add up
+        # in another order than torch's.
         "products": str(product_dtype(device, 4)).removeprefix("torch."),
+        "native": native.level() if device.type == "cpu" else None,
     }
 
 

@@ -35,10 +35,10 @@ def save(self, *arguments):
         raise WriteError("the disk is full")
 resume.RunState.save = save
 run = stream.LayerStream.run
-def spoilt(self, layer, number, sink, hidden=None):
+def spoilt(self, layer, number, *arguments, **settings):
     if fault == "nan" and rank == 1 and number == 1:
         self.hidden[0, 0, 0] = float("nan")
-    run(self, layer, number, sink, hidden)
+    run(self, layer, number, *arguments, **settings)
 stream.LayerStream.run = spoilt
 def threads():
     return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]

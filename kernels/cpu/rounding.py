@@ -105,6 +105,8 @@ def round_to_nearest(
     library = native.library()
     if library is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
+    if scale.device.type != "cpu" or scale.shape[0] != weight.shape[0]:
+        return None
     weight, scale = weight.contiguous(), scale.float().contiguous()
     rows, groups = scale.shape
     codes = torch.empty_like(weight, dtype=torch.int8)

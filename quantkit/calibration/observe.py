@@ -37,8 +37,8 @@ class Watched:
     def may_end_early(self) -> bool:
         """From now on a forward raises `Enough` behind the last input, if one is always the last.
 
-        It is where every forward so far has seen every input once, in one order. Of experts one may get no tokens later on:
-        that forward then ends later, or not early.
+        It is where every forward so far has seen every input once, in one order. Of experts the last may get no tokens later on:
+        that forward does not end early.
         """
         if self._last is None:
             once = self._order[: len(self.inputs)]

@@ -9,7 +9,7 @@ from quantkit.methods.gptq import accumulate_hessian, complete_hessian
 from quantkit.methods.hadamard import rotate_hessian
 from quantkit.ranks import Ranks
 
-# Numbers looked at together: the passes over them stay in the cache.
+# Numbers looked at together on a CPU: the passes over them stay in the cache.
 _ELEMENTS = 1 << 18
 
 
@@ -48,7 +48,8 @@ class InputStatistics:
         """Take in a batch [..., K]."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.tokens += x.shape[0]
-        for part in x.split(max(1, _ELEMENTS // x.shape[1])):
+        rows = max(1, _ELEMENTS // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
+        for part in x.split(rows):
             magnitude = part.abs()
             self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
             self._abs += magnitude.sum(0)

@@ -2,6 +2,7 @@ import torch
 from quantkit.kernels.cpu import native
 from tiny_models import make_model
 
+from quantkit.calibration import statistics
 from quantkit.calibration.observe import observe
 from quantkit.calibration.statistics import InputStatistics, KeyStatistics
 from quantkit.methods.hadamard import rotate
@@ -9,7 +10,8 @@ from quantkit.models.structure import find_structure
 from quantkit.ranks import ALONE
 
 
-def test_in_batches_as_at_once():
+def test_in_batches_as_at_once(monkeypatch):
+    monkeypatch.setattr(statistics, "_ELEMENTS", 1000)  # a batch is looked at in two pieces
     x = torch.randn(3, 50, 32, generator=torch.Generator().manual_seed(0))
     stats = InputStatistics(32, hessian=True, keep=30, batches=3, device=torch.device("cpu"))
     for part in x:

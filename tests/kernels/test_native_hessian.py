@@ -12,7 +12,15 @@ def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "columns", "strip"),
-    [(1, 17, 16), (64, 48, 16), (37, 256, 64), (333, 300, 256), (120, 600, 256), (0, 32, 16)],
+    [
+        (1, 17, 16),
+        (64, 48, 16),
+        (37, 256, 64),
+        (333, 300, 256),
+        (120, 600, 256),
+        (1100, 48, 16),
+        (0, 32, 16),
+    ],
 )
 def test_products_of_rounded_inputs(tokens: int, columns: int, strip: int) -> None:
     """Added to what is there, from the strips' diagonal blocks to the right."""

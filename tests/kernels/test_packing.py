@@ -34,6 +34,8 @@ def test_non_contiguous() -> None:
     codes = torch.randint(-8, 8, (64, 16), dtype=torch.int8).t()
     packed = pack_int4(codes)
     assert torch.equal(unpack_int4(packed), codes)
+    row = torch.randint(-8, 8, (64, 1), dtype=torch.int8).t()
+    assert torch.equal(unpack_int4(pack_int4(row)), row)
     assert torch.equal(unpack_int4(packed[:, ::2]), codes.reshape(16, 8, 8)[:, ::2].reshape(16, 32))
 
 
