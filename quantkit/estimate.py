@@ -27,10 +27,10 @@ from quantkit.recipe import Recipe
 # Python with torch, transformers and what a run imports on the way; where the system does not say, the first alone.
 _LIBRARIES = 420 << 20
 _LATER_IMPORTS_PLAIN = 45 << 20
-# With what the products' library keeps for itself.
-_LATER_IMPORTS = 200 << 20
-# Kernels for every number of tokens that an expert sees, and holes in the heap between small weights.
-_EXPERTS = 300 << 20
+# With what the products' library keeps for itself: without and with AMX.
+_LATER_IMPORTS = (80 << 20, 200 << 20)
+# Kernels for every number of tokens that an expert sees, and holes in the heap between small weights; without and with.
+_EXPERTS = (100 << 20, 300 << 20)
 # Rounding passes hold this many bytes per number of a piece.
 _ROUNDING = 32
 _PIECE = 1 << 19
@@ -41,9 +41,13 @@ _REFINING = 7 * 4 + 1
 _TOKENS_PER_BATCH = 2048
 _HEAD_ROWS = 8192
 _SANITY_TOKENS = 128
-_SEARCH_ROWS = 512
+_SEARCH_ROWS = 1024
 # Reading and writing, where nothing is computed.
 _BYTES_PER_SECOND = 150e6
+
+
+def _amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def estimate(
 ) -> Estimate:
     """The estimate of a run; samples and seqlen matter for recipes that calibrate."""
     base = memory.resident() or _LIBRARIES
-    base += _LATER_IMPORTS if recipe.needs_calibration else _LATER_IMPORTS_PLAIN
+    base += _LATER_IMPORTS[_amx()] if recipe.needs_calibration else _LATER_IMPORTS_PLAIN
     width = _width(structure)
     # Verification: a packed layer while its largest linear is repacked; then a piece of the output layer and the logits.
     sizes = [_packed_bytes(structure, schemes, n) for n in range(structure.num_layers)]
@@ -210,7 +214,7 @@ class _LayerWork:
         statistics = sum(4 * width * width for width in self._solved)
         if recipe.needs_calibration:
             statistics += 4 * _SEARCH_ROWS * sum(widths)
-        self._statistics = statistics + (_EXPERTS if len(layer.groups) > len(PLACES) else 0)
+        self._statistics = statistics + (_EXPERTS[_amx()] if len(layer.groups) > len(PLACES) else 0)
         self._refines = recipe.refine is not None
 
     def running(self, batch: int) -> int:

@@ -22,7 +22,7 @@ from quantkit.refinement import Task, refine_layer
 from quantkit.resume import RunState
 
 # Tokens of each linear's input that are kept for the search of channel factors.
-_SEARCH_ROWS = 512
+_SEARCH_ROWS = 1024
 # Blocks on which a quantized layer's output is compared with the original layer's.
 _ERROR_BLOCKS = 4
 
