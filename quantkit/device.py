@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from quantkit.errors import QuantkitError
@@ -40,18 +37,3 @@ def product_dtype(device: torch.device, bits: int) -> torch.dtype:
     else:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
-
-
-@contextmanager
-def rounded_factors(dtype: torch.dtype) -> Iterator[None]:
-    """Within it, where `dtype` is bfloat16, torch on a CPU with AMX rounds the factors of float32 products to it and
-    adds up in float32; on others it multiplies them as they are."""
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if dtype != torch.bfloat16 or settings is None:
-        yield
-        return
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before

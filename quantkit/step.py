@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from quantkit.calibration.observe import observe
+from quantkit.calibration.observe import Watched, observe
 from quantkit.calibration.stream import LayerStream
 from quantkit.errors import QuantkitError
 from quantkit.formats.packed import packed_tensors
@@ -41,28 +41,10 @@ def run_layer(
     structure = plan.structure.layer(number)
     norm_dtype = _norm_dtype(plan, prefix, structure)
     with stream.layer(number) as layer:
-        if stream.hidden is None:
-            seen, reference = None, None
-        else:
-            reference = _Reference(_ERROR_BLOCKS - stream.first, ranks)
-            gptq = {
-                group.name for group in structure.inputs
-                if any(plan.recipe.uses_gptq(prefix + name) for name in group.linears)
-            }  # fmt: skip
-            with (
-                state.stage("calibrate"),
-                _at(number),
-                observe(
-                    layer,
-                    structure,
-                    hessians=gptq,
-                    keep_rows=_SEARCH_ROWS,
-                    batches=stream.batches,
-                    products=stream.products,
-                    ranks=ranks,
-                ) as seen,
-            ):
-                stream.run(layer, number, reference.keep, watched=seen, outputs=reference.blocks)
+        reference, seen = _Reference(_ERROR_BLOCKS - stream.first, ranks), None
+        if stream.hidden is not None:
+            with state.stage("calibrate"), _at(number):
+                seen = _calibrate(plan, stream, layer, number, reference, ranks)
             if stream.hidden_reference is not None:
                 stream.advance_reference(layer, number)
         with state.stage("quantize"):
@@ -86,12 +68,39 @@ def run_layer(
         if folder:
             with state.stage("write"):
                 _write_layer(plan, prefix, layer, result, folder)
-        if stream.hidden is not None and reference is not None:
+        if stream.hidden is not None:
             before = stream.hidden[: reference.blocks].clone()
             with state.stage("advance"):
                 stream.advance(layer, number)
             result.report["output_error"] = reference.error(before, stream.hidden)
     return result
+
+
+def _calibrate(
+    plan: Plan,
+    stream: LayerStream,
+    layer: torch.nn.Module,
+    number: int,
+    reference: _Reference,
+    ranks: Ranks,
+) -> Watched:
+    """What the stream's samples show in a layer as the original is; `reference` keeps its first outputs."""
+    prefix, structure = plan.structure.prefix(number), plan.structure.layer(number)
+    gptq = {
+        group.name for group in structure.inputs
+        if any(plan.recipe.uses_gptq(prefix + name) for name in group.linears)
+    }  # fmt: skip
+    with observe(
+        layer,
+        structure,
+        hessians=gptq,
+        keep_rows=_SEARCH_ROWS,
+        batches=stream.batches,
+        products=stream.products,
+        ranks=ranks,
+    ) as seen:
+        stream.run(layer, number, reference.keep, watched=seen, outputs=reference.blocks)
+    return seen
 
 
 def _norm_dtype(plan: Plan, prefix: str, structure: LayerStructure) -> torch.dtype:

@@ -1,5 +1,6 @@
 """The plan: what would be cut by tensor parallelism, what fits, and whether its memory estimate is true."""
 
+import gc
 import json
 import os
 import subprocess
@@ -40,6 +41,14 @@ def test_what_is_missing_outside_the_layers_is_said_first(tmp_path: Path, name: 
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(QuantkitError, match=f"tensor '{name}' is missing"):
         make_plan(str(model), Recipe.load("int4"))
+
+
+def test_cycles_are_collected_again_afterwards(tiny, tmp_path: Path):
+    make_plan(str(tiny()), Recipe.load("int4"))
+    assert gc.isenabled()
+    with pytest.raises(QuantkitError):
+        make_plan(str(tmp_path / "none"), Recipe.load("int4"))
+    assert gc.isenabled()
 
 
 def test_modules_add_up(tiny):

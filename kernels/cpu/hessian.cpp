@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16;  // columns of a packed block
+constexpr int64_t kLanes = 16;         // columns of a packed block
 constexpr int kRows = 8, kBlocks = 3;  // a tile of sums in registers: 8 x 48
 
 // Columns [first, first + 16) of x float [tokens, k] as pairs of bf16 of two consecutive tokens; zeros beyond both ends.
@@ -23,8 +23,8 @@ void pack(const float* x, int64_t stride, int64_t tokens, int64_t first, int64_t
     }
 }
 
-// Adds twice the products of 8 columns (within the block `a`) and of those in `count` blocks from `b` on, each `pairs`
-// long, to out [8, 16 * count]; `rows` and `mask` say what of it is there.
+// Adds twice the products of 8 columns (within the block `a`) and of those in `count` blocks from `b` on, over `length`
+// pairs of tokens, to out [8, 16 * count] with rows k apart; `rows` and `mask` say what of it is there.
 template <int count>
 void tile(const uint32_t* a, const uint32_t* b, int64_t length, float* out, int64_t k, int64_t rows, __mmask16 mask) {
     __m512 sums[kRows][count];
@@ -50,8 +50,8 @@ void tile(const uint32_t* a, const uint32_t* b, int64_t length, float* out, int6
 
 }  // namespace
 
-// x float [tokens, k] with rows `stride` apart, packed uint32 [ceil(k / 16), ceil(tokens / 2), 16]; hessian float [k, k]: of
-// its rows [s, s + strip), s a multiple of `strip`, the columns from s on are added to.
+// x float [tokens, k] with rows `stride` apart, room for uint32 [ceil(k / 16), ceil(tokens / 2), 16] in `packed`; hessian
+// float [k, k]: of its rows [s, s + strip), s a multiple of `strip`, all columns from s on are added to, and some before.
 extern "C" void quantkit_hessian(const float* x, int64_t stride, int64_t tokens, int64_t k, int64_t strip,
                                  uint32_t* packed, float* hessian, int threads) {
     const int64_t blocks = (k + kLanes - 1) / kLanes, length = (tokens + 1) / 2, panels = (blocks + kBlocks - 1) / kBlocks;

@@ -1,6 +1,9 @@
-"""The native CPU sum of calibration inputs' products, called on torch tensors."""
+"""Sums of products of calibration inputs rounded to bfloat16, on a CPU: our own loop, or oneDNN's where that is faster."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -10,11 +13,27 @@ from . import native
 _TOKENS = 512
 
 
+@contextmanager
+def rounded_factors() -> Iterator[None]:
+    """Within it, torch on a CPU with AMX rounds the factors of float32 products to bfloat16 and adds up in float32; on
+    others it multiplies them as they are."""
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if settings is None:
+        yield
+        return
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 def accumulate(hessian: torch.Tensor, x: torch.Tensor, strip: int) -> bool:
     """Add 2 X^T X of inputs rounded to bfloat16, summed in float32; False where there is no better way than torch's.
 
     Args:
-        hessian: float32 [K, K]; of its rows [s, s + strip), s a multiple of `strip`, the columns from s on become whole.
+        hessian: float32 [K, K]; of its rows [s, s + strip), s a multiple of `strip`, the columns from s on are whole then,
+            those before mean nothing.
         x: float32 [T, K].
     """
     # With AMX oneDNN has a faster one.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from quantkit.device import rounded_factors
 from quantkit.methods.gptq import accumulate_hessian, complete_hessian
 from quantkit.methods.hadamard import rotate_hessian
 from quantkit.ranks import Ranks
@@ -56,8 +55,7 @@ class InputStatistics:
             if self.hessian is None:
                 self._square += magnitude.square_().sum(0)
         if self.hessian is not None:
-            with rounded_factors(self._products):
-                accumulate_hessian(self.hessian, x, rounded=self._products == torch.bfloat16)
+            accumulate_hessian(self.hessian, x, rounded=self._products == torch.bfloat16)
         if self._per_batch:
             step = max(1, x.shape[0] // self._per_batch)
             self._rows.append(x[::step][: self._per_batch].clone())

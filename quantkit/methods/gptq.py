@@ -14,6 +14,7 @@ this module only chooses the codes.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -89,9 +90,10 @@ def accumulate_hessian(hessian: Tensor, x: Tensor, *, rounded: bool = False) -> 
     x = x.to(hessian.dtype)
     if rounded and native_hessian.accumulate(hessian, x, _STRIP):
         return
-    for first in range(0, x.shape[1], _STRIP):
-        strip = slice(first, first + _STRIP)
-        hessian[strip, first:].addmm_(x[:, strip].T, x[:, first:], alpha=2.0)
+    with native_hessian.rounded_factors() if rounded else nullcontext():
+        for first in range(0, x.shape[1], _STRIP):
+            strip = slice(first, first + _STRIP)
+            hessian[strip, first:].addmm_(x[:, strip].T, x[:, first:], alpha=2.0)
 
 
 def complete_hessian(hessian: Tensor) -> None:

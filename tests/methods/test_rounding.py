@@ -168,8 +168,8 @@ def test_codes_come_with_what_they_miss(grid, group_size, monkeypatch):
         codes, lost, total = quantize_measured(weight[usable], scale[usable], grid)
         assert lost == pytest.approx(float(error.double().square().sum()), rel=1e-5)
         assert total == pytest.approx(float(weight[usable].double().square().sum()), rel=1e-5)
-    # One scale for all rows, as torch broadcasts it.
-    whole = scale[:1, :1]
-    assert torch.equal(quantize(weight, whole, grid), quantize(weight, whole.expand(70, 1), grid))
+        # One scale for all rows, as torch broadcasts it.
+        whole, each = scale[:1, :1], scale[:1, :1].expand(70, 1)
+        assert torch.equal(quantize(weight, whole, grid), quantize(weight, each, grid))
     with pytest.raises(ValueError, match="divide"):
         quantize_measured(weight, scale.repeat(1, 3)[:, :7], grid)

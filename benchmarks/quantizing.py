@@ -1,0 +1,70 @@
+"""The loops of quantizing in C++ beside torch's own, in turn, on this machine.
+
+    python benchmarks/quantizing.py
+
+Hessians of 2,048 tokens: float32 products by torch, and rounded ones (ours, or oneDNN's where it has them). Rounding a piece
+of a weight to INT4 in groups of 128, with the errors it makes. Results go to benchmarks/results/quantizing.json.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from accuracy import processor
+from quantkit.kernels.cpu import native
+
+from quantkit import memory
+from quantkit.bench.timing import Run, compare
+from quantkit.methods import rounding
+from quantkit.methods.gptq import accumulate_hessian
+from quantkit.plain import ELEMENTS
+
+RESULTS = Path(__file__).parent / "results" / "quantizing.json"
+TOKENS, SECONDS = 2048, 10.0
+
+
+def hessian(columns: int) -> dict[str, Run]:
+    x, sums = torch.randn(TOKENS, columns), torch.zeros(columns, columns)
+    return {
+        "torch": lambda _: accumulate_hessian(sums, x),
+        "rounded": lambda _: accumulate_hessian(sums, x, rounded=True),
+    }
+
+
+def round_piece() -> dict[str, Run]:
+    weight, grid = torch.randn(ELEMENTS // 8192, 8192), rounding.Grid(4)
+    scale = rounding.store_bf16(rounding.absmax_scale(weight, 128, grid))
+
+    def by_torch(_: int) -> object:
+        with patch.object(native, "library", lambda: None):
+            return rounding.quantize_measured(weight, scale, grid)
+
+    return {
+        "torch": by_torch,
+        "native": lambda _: rounding.quantize_measured(weight, scale, grid),
+    }
+
+
+def main() -> None:
+    memory.keep_bounded()  # as a run does
+    jobs = {f"hessian of {n} inputs": hessian(n) for n in (8192, 2048, 768, 256)}
+    rows = []
+    for name, runs in (jobs | {f"rounding {ELEMENTS} numbers": round_piece()}).items():
+        found = compare(runs, torch.device("cpu"), SECONDS)
+        (first, before), (second, after) = found.items()
+        print(
+            f"{name:<24} {first} {1e3 * before.median:8.2f} ms  {second} {1e3 * after.median:8.2f} ms  "
+            f"{before.median / after.median:.2f}",
+            flush=True,
+        )
+        rows.append({"what": name} | {way: timing.to_dict() for way, timing in found.items()})
+    machine = {"processor": processor(), "torch": torch.__version__,
+               "threads": torch.get_num_threads(), "native": native.level()}  # fmt: skip
+    RESULTS.write_text(json.dumps({"rows": rows, "machine": machine}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
