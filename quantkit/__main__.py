@@ -1,4 +1,4 @@
-from quantkit.cli.main import main
+from quantkit.cli.process import run
 
 if __name__ == "__main__":
-    main()
+    run()

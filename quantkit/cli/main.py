@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -89,8 +89,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
-def main() -> None:
-    """The console script."""
+def main() -> NoReturn:
+    """What the command line says, done; raises SystemExit with the exit code."""
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     if debugging():
