@@ -55,7 +55,7 @@ def choose_factor(
         candidates,
         stats.rows,
         [_some_rows(weight) for weight in weights],
-        partial(_round_input, scheme=scheme, rotation=rotation),
+        partial(_round_input, scheme=scheme, rotation=rotation) if scheme.activations else None,
         partial(
             _round_weight,
             weights=weights_recipe,

@@ -179,6 +179,13 @@ def _check_schema(ours: dict[str, Any], where: str) -> None:
         )
 
 
+def _names(modules: Any) -> list[str]:
+    names = modules if isinstance(modules, list) else [None]
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"modules: {str(odd[0])[:40]} where a module's name is expected")
+    return names
+
+
 def parse_quantization_config(config: dict[str, Any], where: str) -> QuantizationInfo:
     """The inverse of `build_quantization_config`, from a whole config.json.
 
@@ -208,7 +215,7 @@ def parse_quantization_config(config: dict[str, Any], where: str) -> Quantizatio
         schemes = {
             module: Scheme.from_dict(ours["schemes"][group])
             for group, modules in ours["modules"].items()
-            for module in modules
+            for module in _names(modules)
         }
         kv_cache = KVFormat(**ours["kv_cache"]) if ours.get("kv_cache") else None
         for scheme in set(schemes.values()):
@@ -216,8 +223,7 @@ def parse_quantization_config(config: dict[str, Any], where: str) -> Quantizatio
         if kv_cache is not None:
             kv_cache.check()
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise QuantkitError(
-            f"{where}: malformed quantization_config.quantkit ({error!r})"
-        ) from None
+        why = error if isinstance(error, ValueError) else repr(error)
+        raise QuantkitError(f"{where}: malformed quantization_config.quantkit ({why})") from None
     rest = {k: v for k, v in ours.items() if k not in ("schema", "schemes", "modules", "kv_cache")}
     return QuantizationInfo(schemes, kv_cache, rest)

@@ -53,20 +53,21 @@ def search(
     candidates: Sequence[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
-    quantize_activation: Callable[[Tensor], Tensor],
+    quantize_activation: Callable[[Tensor], Tensor] | None,
     quantize_weight: Callable[[Tensor], Tensor],
     products: torch.dtype = torch.float32,
 ) -> tuple[Tensor, list[float]]:
-    """The factor with the least output error, weight and activation both quantized.
+    """The factor with the least output error.
 
-    The error is ||x W^T - Qa(x / d) Qw(W d)^T||^2, summed over the linears that share the input. The identity
-    is always tried, first; the earlier one wins a tie, and an error that is NaN never wins.
+    The error is ||x W^T - Qa(x / d) Qw(W d)^T||^2, summed over the linears that share the input; where only weights
+    are quantized, ||x (W - Qw(W d) / d)^T||^2. The identity is always tried, first; the earlier one wins a tie, and
+    an error that is NaN never wins.
 
     Args:
         candidates: factors d [K].
         x: calibration rows [T, K].
         weights: the linears' weights, each [N, K].
-        quantize_activation: fake quantizer of rows [T, K].
+        quantize_activation: fake quantizer of rows [T, K]; None leaves them.
         quantize_weight: fake quantizer of a weight [N, K].
         products: the type in which matrices are multiplied.
 
@@ -88,13 +89,17 @@ def search(
         return (rows.to(products) @ weight.to(products).T).float()
 
     factors = [torch.ones(columns, device=x.device), *(d.float() for d in candidates)]
-    rounded = [quantize_activation(x / d) for d in factors]
+    rounded = [quantize_activation(x / d) for d in factors] if quantize_activation else []
     errors = [0.0] * len(factors)
     # A linear at a time: of a layer's experts, the outputs would be many times the inputs.
     for weight in map(Tensor.float, weights):
-        output = product(x, weight)
+        output = product(x, weight) if rounded else None
         for number, d in enumerate(factors):
-            missed = output - product(rounded[number], quantize_weight(weight * d))
+            stored = quantize_weight(weight * d)
+            if output is None:
+                missed = product(x, weight - stored / d)
+            else:
+                missed = output - product(rounded[number], stored)
             errors[number] += float(missed.square().sum())
     errors = [error if math.isfinite(error) else math.inf for error in errors]
     return factors[errors.index(min(errors))], errors

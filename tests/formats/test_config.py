@@ -168,6 +168,15 @@ def test_what_is_not_ours_is_refused(config: dict, says: str):
         parse_quantization_config(config, "m")
 
 
+@pytest.mark.parametrize("modules", ["model.layers.0", ["a", 1 << 63], [None], {"a": "b"}, 3])
+def test_modules_that_are_no_names_are_refused(modules: object):
+    config = json.loads((Path(__file__).parent / "headers" / "schema-1-first.json").read_text())
+    ours = config["quantization_config"]["quantkit"]
+    ours["modules"] = dict.fromkeys(ours["modules"], modules)
+    with pytest.raises(QuantkitError, match="modules: .* where a module's name is expected"):
+        parse_quantization_config(config, "m")
+
+
 def test_an_output_of_the_first_version_is_read():
     """What that version did not write yet (`residual_basis`, `calibration.sources`) has a default."""
     config = json.loads((Path(__file__).parent / "headers" / "schema-1-first.json").read_text())

@@ -75,6 +75,22 @@ def test_the_search_takes_the_least_joint_error():
     assert min(errors) < 0.2 * errors[0]
 
 
+def test_without_rounded_activations_the_weights_error_is_what_counts():
+    generator = torch.Generator().manual_seed(2)
+    x, w = torch.randn(100, 64, generator=generator), torch.randn(32, 64, generator=generator)
+    x[:, 5] *= 60
+    candidates = [x.abs().mean(0).pow(e) for e in (0.25, 0.5)]
+    _, weight = rounders()
+    best, errors = search(candidates, x, [w, w[:7]], None, weight)
+    each = [torch.ones(64), *candidates]
+    for d, error in zip(each, errors):
+        want = sum(
+            (x @ v.T - (x / d) @ weight(v * d).T).double().square().sum() for v in (w, w[:7])
+        )
+        assert error == pytest.approx(float(want), rel=1e-3)
+    assert torch.equal(best, each[errors.index(min(errors))])
+
+
 def test_the_identity_is_kept_where_nothing_is_better():
     x, w = torch.randn(50, 16), torch.randn(8, 16)
     best, _ = search([torch.full((16,), 1e-3).cumprod(0).clamp_min(1e-4)], x, [w], *rounders())

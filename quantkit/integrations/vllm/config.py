@@ -41,6 +41,7 @@ from quantkit.integrations.vllm.kernels import (
     find_scheme,
 )
 from quantkit.integrations.vllm.linear import QuantkitLinearMethod
+from quantkit.integrations.vllm.prompts import attend_as_transformers
 from quantkit.integrations.vllm.rounding import round_as_transformers
 
 # A child of vLLM's logger: only those are shown.
@@ -62,7 +63,7 @@ class QuantkitConfig(QuantizationConfig):
         self.info: QuantizationInfo = parse(config, "config.json")
         self.kv_scales: dict[int, torch.Tensor] = {}
         self.native = CompressedTensorsConfig.from_config(_without_extras(config))
-        self._prepared = False
+        self._prepared = self._as_transformers = False
         # vLLM's attention layers ask for it: an FP8 cache is its own.
         self.kv_cache_scheme = self.native.kv_cache_scheme
 
@@ -144,8 +145,9 @@ class QuantkitConfig(QuantizationConfig):
         )
         config = get_current_vllm_config_or_none()
         if emulated and config is not None and round_as_transformers(config):
+            self._as_transformers = True
             logger.info_once(
-                "quantkit: norms and RoPE round where transformers' do, for EMULATED layers"
+                "quantkit: norms, RoPE and attention round where transformers' do, for EMULATED layers"
             )
 
     def _linear_method(self, layer: LinearBase, prefix: str) -> QuantizeMethodBase:
@@ -175,6 +177,8 @@ class QuantkitConfig(QuantizationConfig):
         return QuantkitExpertsMethod(layer.moe_config, schemes, prefix)
 
     def _cache_method(self, layer: Attention, prefix: str) -> QuantizeMethodBase | None:
+        if self._as_transformers:
+            attend_as_transformers(layer)
         if self.info.kv_cache is None:
             return self.native.get_quant_method(layer, prefix)
         if not refuse_or_take(layer, self.info.kv_cache, platform()):

@@ -7,6 +7,8 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+import torch.distributed
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     register_weight_loader_v2_supported_method,
@@ -18,12 +20,14 @@ from vllm.model_executor.parameter import (
     ModelWeightParameter,
     PackedvLLMParameter,
 )
+from vllm.platforms import current_platform
 
 from quantkit.errors import QuantkitError
 from quantkit.finite import all_finite
 from quantkit.formats.packed import expected_tensors
 from quantkit.formats.scheme import Scheme
 from quantkit.integrations.vllm.kernels import check_split
+from quantkit.runtime.activations import Quantized, quantize_activation
 from quantkit.runtime.linear import QuantLinear
 
 _DTYPES = {"I32": torch.int32, "I64": torch.int64, "I8": torch.int8, "BF16": torch.bfloat16}
@@ -61,8 +65,8 @@ class QuantkitLinearMethod(LinearMethodBase):
     """The checkpoint's tensors become a rank's share of a `QuantLinear`.
 
     Outputs are split over ranks, or inputs with their group scales; a fused layer (qkv, gate and up) has
-    its parts' rows one after the other. Activations are rounded per token, so where inputs are split each
-    rank rounds its own part by that part's maximum.
+    its parts' rows one after the other. Where inputs are split, each rank rounds its own part of a token by that part's
+    maximum on a GPU, as vLLM's kernels do. On a CPU, where it is the numbers that count, ranks give what one alone would.
     """
 
     def __init__(self, scheme: Scheme) -> None:
@@ -91,8 +95,9 @@ class QuantkitLinearMethod(LinearMethodBase):
             layer.register_parameter(
                 name, self._parameter(name, data, input_size_per_partition, load)
             )
-        shapes: Any = layer
-        shapes.quantkit_shape = (rows, input_size_per_partition)
+        own: Any = layer
+        own.quantkit_shape = (rows, input_size_per_partition)
+        own.quantkit_ranks = input_size // input_size_per_partition
 
     def _parameter(
         self, name: str, data: torch.Tensor, inputs: int, load: Callable[..., None]
@@ -113,8 +118,8 @@ class QuantkitLinearMethod(LinearMethodBase):
         return BasevLLMParameter(**arguments)  # weight_shape: of the whole, not of a share
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        shapes: Any = layer
-        rows, columns = shapes.quantkit_shape
+        own: Any = layer
+        rows, columns = own.quantkit_shape
         tensors = {
             name: layer._parameters.pop(name).data  # type: ignore[union-attr]
             for name in expected_tensors(self.scheme, rows, columns)
@@ -125,6 +130,45 @@ class QuantkitLinearMethod(LinearMethodBase):
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        linear: Any = layer.quantkit_linear
+        own: Any = layer
+        linear: QuantLinear = own.quantkit_linear
+        # Rotated inputs are rounded within their op: by each rank's maximum, which a rotation makes much alike.
+        if own.quantkit_ranks > 1 and linear.input_form is not None and current_platform.is_cpu():
+            return share_as_alone(linear, x, bias, own.quantkit_ranks)
         output: torch.Tensor = linear.op(*linear.arguments(x, bias))
         return output
+
+
+def share_as_alone(
+    linear: QuantLinear, x: torch.Tensor, bias: torch.Tensor | None, ranks: int
+) -> torch.Tensor:
+    """This rank's summand of a layer's output [..., N], where the ranks' sum is what one rank alone would give.
+
+    An input is rounded by the largest number of the whole of it, and sums are added up before they are rounded. vLLM
+    adds the ranks' outputs: each gives an equal part, which for a power of two of ranks is exact.
+    """
+    assert linear.input_form is not None
+    largest = over_ranks(x.abs().amax(-1, keepdim=True), "MAX")
+    # A column more, of the largest number of all: the scale is the whole row's.
+    codes, scale = quantize_activation(torch.cat([x, largest], -1), linear.input_form)
+    output = linear.product(Quantized(codes[..., :-1].contiguous(), scale), torch.float32)
+    output = output if bias is None else output + bias
+    return (over_ranks(output, "SUM").to(x.dtype) / ranks).to(x.dtype)
+
+
+@torch.library.custom_op("quantkit::over_ranks", mutates_args=())
+def over_ranks(x: torch.Tensor, how: str) -> torch.Tensor:
+    """The largest (MAX) or the sum (SUM) of the ranks' tensors, added up in float32."""
+    found = x.to(torch.float32, copy=True)
+    _all_reduce(found, how)
+    return found.to(x.dtype, copy=True)
+
+
+@over_ranks.register_fake
+def _(x: torch.Tensor, how: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _all_reduce(x: torch.Tensor, how: str) -> None:
+    operation = getattr(torch.distributed.ReduceOp, how)
+    torch.distributed.all_reduce(x, operation, get_tp_group().device_group)

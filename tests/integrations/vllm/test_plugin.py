@@ -3,6 +3,8 @@
 /path/to/vllm/bin/python -m pytest tests/integrations/vllm/test_plugin.py
 """
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +28,7 @@ from quantkit.formats.config import build_quantization_config
 from quantkit.formats.packed import packed_tensors
 from quantkit.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat
 from quantkit.integrations.vllm import config as config_module
+from quantkit.integrations.vllm import linear as plugin_linear
 from quantkit.integrations.vllm import register
 from quantkit.integrations.vllm.attention import (
     PackedBackend,
@@ -156,10 +159,32 @@ def test_fused_gate_and_up_over_ranks(monkeypatch, scheme, ranks):
         assert close(run(layer, x), torch.cat([o[:, rows] for o in outputs], dim=1))
 
 
+class TwoRanks:
+    """Two threads that meet where processes would."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2)
+        self.given: dict[int, torch.Tensor] = {}
+
+    def all_reduce(self, x: torch.Tensor, how: str) -> None:
+        self.given[threading.get_ident()] = x.clone()
+        self.barrier.wait(60)
+        both = torch.stack(list(self.given.values()))
+        self.barrier.wait(60)
+        self.given.clear()
+        self.barrier.wait(60)
+        x.copy_(both.amax(0) if how == "MAX" else both.sum(0))
+
+
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_inputs_over_two_ranks_keep_their_groups(monkeypatch, scheme):
+def test_inputs_over_two_ranks_give_what_one_would(monkeypatch, scheme, biased):
     """Each rank multiplies its half of the inputs by its half of the groups; a channel's scale is on both."""
     tensors, x = random_tensors(scheme, 192, HIDDEN, 6), x_of(HIDDEN)
+    bias = torch.randn(192).bfloat16() if biased else None
+    x[:, HIDDEN // 2 :] *= 7  # a rank's own maximum would give other codes
+    monkeypatch.setattr(plugin_linear, "_all_reduce", TwoRanks().all_reduce)
+    layers = []
     for rank in range(2):
         on_rank(monkeypatch, rank, 2)
         name = "model.layers.0.mlp.down_proj"
@@ -168,12 +193,28 @@ def test_inputs_over_two_ranks_keep_their_groups(monkeypatch, scheme):
             quant_config=config(scheme, [name]), prefix=name,
         )  # fmt: skip
         fill(layer, tensors)
-        part = slice(rank * HIDDEN // 2, (rank + 1) * HIDDEN // 2)
+        layer.quant_method.process_weights_after_loading(layer)
+        layers.append(layer)
+    with ThreadPoolExecutor(2) as pool:
+        got = list(
+            pool.map(
+                lambda layer, part, bias: layer.quant_method.apply(layer, part, bias),
+                layers, [part.contiguous() for part in x.chunk(2, 1)], [bias, None],
+            )
+        )  # fmt: skip
+    if not scheme.weights.half:
+        alone = whole(scheme, tensors)
+        alone.bias = bias
+        assert torch.equal(got[0], got[1])
+        assert close(got[0] + got[1], alone(x))
+        return
+    scale = tensors["weight_scale"]
+    for rank in range(2):
         half = QuantLinear(HIDDEN // 2, 192, False, scheme)
         half.weight_packed = tensors["weight_packed"].chunk(2, dim=1)[rank].contiguous()
-        scale = tensors["weight_scale"]
-        half.weight_scale = scale if scheme.weights.group_size is None else scale.chunk(2, 1)[rank]
-        assert close(run(layer, x[:, part]), half(x[:, part]))
+        half.weight_scale = scale.chunk(2, 1)[rank]
+        half.bias = None if rank else bias
+        assert close(got[rank], half(x.chunk(2, 1)[rank]))
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -1,13 +1,17 @@
-"""Norms and RoPE of an emulated model round as transformers' do, bit for bit. Run by an interpreter with vLLM.
+"""Norms, RoPE and attention of an emulated model round as transformers' do, bit for bit. Run by an interpreter with vLLM.
 
 /path/to/vllm/bin/python -m pytest tests/integrations/vllm/test_rounding.py
 """
+
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("vllm")
 
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
@@ -20,10 +24,13 @@ from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.v1.attention.backends import cpu_attn
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from quantkit.formats.config import build_quantization_config
 from quantkit.formats.scheme import ActivationFormat, Scheme, WeightFormat
 from quantkit.integrations.vllm.config import QuantkitConfig
+from quantkit.integrations.vllm.prompts import attend_as_transformers
 
 W4A8 = Scheme(WeightFormat(4, 128), ActivationFormat(8))
 W8A8 = Scheme(WeightFormat(8, None), ActivationFormat(8))
@@ -90,3 +97,46 @@ def test_what_vllm_computes_itself_or_compiles_stays_as_it_is(monkeypatch, schem
     made = model_of(scheme, mode, monkeypatch)
     assert not ours()
     assert "-rotary_embedding" not in made.compilation_config.custom_ops
+
+
+def attention_of(**changes) -> CPUAttentionBackendImpl:
+    settings = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"} | changes
+    asked = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_attn, "get_current_vllm_config", lambda: asked)
+        return CPUAttentionBackendImpl(HEADS, HEAD, HEAD**-0.5, 2, **settings)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_prompt_that_comes_whole_attends_as_transformers(monkeypatch, window):
+    """What is left to vLLM's kernel: the rest of a prompt that was cached, a new token, a prompt beyond the window."""
+    impl = attention_of(sliding_window=window)
+    attend_as_transformers(SimpleNamespace(impl=impl))
+    given, seen = [], [40, 60, 1, 30, 1]
+    lengths = [40, 60, 90, 35, 1]  # the third and fourth have keys in the cache
+    for heads in (HEADS, 2, 2):
+        given.append(torch.randn(sum(seen), heads, HEAD).bfloat16())
+    starts = torch.tensor([0, *seen]).cumsum(0)
+    batch = SimpleNamespace(query_start_loc=starts, seq_lens=torch.tensor(lengths))
+    monkeypatch.setattr(
+        CPUAttentionBackendImpl, "forward", lambda self, *args: args[6].fill_(torch.nan)
+    )
+    output = impl.forward(None, *given, None, batch, torch.empty(sum(seen), HEADS, HEAD).bfloat16())
+    theirs = SimpleNamespace(is_causal=True, num_key_value_groups=HEADS // 2, training=False)
+    for number, rows in enumerate(slice(a, b) for a, b in itertools.pairwise(starts.tolist())):
+        if number == 0 or (number == 1 and window is None):
+            shaped = (t[rows].transpose(0, 1)[None] for t in given)
+            want, _ = sdpa_attention_forward(theirs, *shaped, None, scaling=HEAD**-0.5)
+            assert torch.equal(output[rows], want[0])
+        else:
+            assert output[rows].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"alibi_slopes": [0.5] * HEADS}, {"logits_soft_cap": 30.0}, {"kv_cache_dtype": "fp8"}],
+)
+def test_attention_that_torchs_kernel_does_not_know_stays_vllms(changes):
+    impl = attention_of(**changes)
+    attend_as_transformers(SimpleNamespace(impl=impl))
+    assert type(impl) is CPUAttentionBackendImpl
