@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .cpu import kv4 as native
+from .cpu.prompt_attention import attend
 from .dispatch import Op
 from .gpu_layout import has_fp8
 from .kv4 import check_packed, check_planar, fits_gpu, interleaved, kv4_dequantize, split
@@ -163,7 +164,8 @@ def _cpu(
     if length is not None and not planar:
         key, value, mask = _cut(key, value, mask, dim, length, planar)
     there = key.shape[2] if length is None else int(length)
-    if mask is None and is_causal and window and window < there:
+    causal = mask is None and is_causal
+    if causal and window and window < there:
         mask = causal_mask(tokens, there, query.device, window)[None, None]
     found = native.attention(
         query, key, value, mask, scaling, is_causal, post_scale, quantize_query, there, planar
@@ -176,14 +178,18 @@ def _cpu(
     q = native.query(query, kv_heads, post_scale, quantize_query)
     if q is None:
         q = prepare_query(query, kv_heads, post_scale, quantize_query, query.dtype)
+    k, v = (kv4_dequantize(packed, dim, query.dtype) for packed in (key, value))
+    attended = attend(q, k, v, scaling, window) if causal else None
+    if attended is not None:
+        return attended.transpose(1, 2).contiguous()
     if mask is None and is_causal and 1 < tokens < there:
         mask, is_causal = causal_mask(tokens, there, query.device), False
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     out = F.scaled_dot_product_attention(
         q,
-        kv4_dequantize(key, dim, query.dtype),
-        kv4_dequantize(value, dim, query.dtype),
+        k,
+        v,
         attn_mask=mask,
         # torch aligns its causal mask to the first key: right only where T = S.
         is_causal=is_causal and mask is None and tokens == there,

@@ -221,7 +221,8 @@ def _quantize_layers(
         if folder:
             folder.end_of_layer()
         state.done = number + 1
-        state.save(stream.chains(), store)
+        live = {} if state.done == plan.structure.num_layers else stream.chains()
+        state.save(live, store)
 
 
 def _measure_curvature(

@@ -160,7 +160,7 @@ def test_from_the_hub_s_cache(tiny, tmp_path: Path, monkeypatch):
 
 @pytest.mark.parametrize("recipe", ["gptq", "fireq", "quest-hadamard"])
 def test_a_sample_runs_through_a_layer_twice(tiny, text, tmp_path: Path, monkeypatch, recipe: str):
-    """Once as the original is, once as quantized: most of a calibrated run's time."""
+    """Once as the original is, once as quantized: most of a calibrated run's time. The last layer's output is but compared."""
     blocks, real = [], LayerStream.forward
 
     def counted(self, layer, number: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,7 @@ def test_a_sample_runs_through_a_layer_twice(tiny, text, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(LayerStream, "forward", counted)
     quantize(str(tiny()), recipe, tmp_path / "out", calib=str(text), samples=8, seqlen=64)
-    assert sum(blocks) == 2 * 2 * 8
+    assert sum(blocks) == 2 * 8 + (8 + 4)
 
 
 @pytest.mark.parametrize("variant", ["llama", "falcon", "gpt-neox", "mixtral", "qwen3-moe"])
@@ -262,8 +262,8 @@ def test_what_was_calibrated_is_what_is_loaded(
             super().__init__(*arguments, **settings)
             seen.append(arguments[3])
 
-        def advance(self, layer, number: int) -> None:
-            super().advance(layer, number)
+        def advance(self, layer, number: int, blocks: int | None = None) -> None:
+            super().advance(layer, number)  # all blocks, of the last layer too
             seen.append(self.hidden.clone())
 
     monkeypatch.setattr(pipeline, "LayerStream", Spy)
@@ -286,6 +286,36 @@ def test_what_was_calibrated_is_what_is_loaded(
         distance = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
         assert float(distance.median()) < median
         assert float(distance.mean()) < mean
+
+
+def test_behind_the_last_layer_no_more_runs_than_is_compared(
+    tiny, text: Path, tmp_path: Path, monkeypatch
+):
+    from quantkit import pipeline
+
+    seen: list[tuple[int, int]] = []
+
+    class Spy(pipeline.LayerStream):
+        everything = False
+
+        def forward(self, layer, number: int, hidden: torch.Tensor) -> torch.Tensor:
+            seen.append((number, len(hidden)))
+            return super().forward(layer, number, hidden)
+
+        def advance(self, layer, number: int, blocks: int | None = None) -> None:
+            super().advance(layer, number, None if self.everything else blocks)
+
+    monkeypatch.setattr(pipeline, "LayerStream", Spy)
+    recipe = Recipe.load("int4", ["weights.rounding=gptq"])
+    settings = {"calib": str(text), "samples": 32, "seqlen": 64, "overwrite": True}
+    report = quantize(str(tiny()), recipe, tmp_path / "out", **settings)
+    counts = [sum(n for layer, n in seen if layer == number) for number in (0, 1)]
+    assert counts == [32 + 32, 32 + 4]
+    Spy.everything = True
+    assert [layer["output_error"] for layer in report["layers"]] == [
+        layer["output_error"]
+        for layer in quantize(str(tiny()), recipe, tmp_path / "all", **settings)["layers"]
+    ]
 
 
 def test_gptq_and_factors_pay(tiny, text: Path, tmp_path: Path):

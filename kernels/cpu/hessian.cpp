@@ -3,12 +3,11 @@
 
 #include <algorithm>
 
-#include "unroll.hpp"
+#include "bf16_tile.hpp"
 #include "vectors.hpp"
 
 namespace {
 
-constexpr int64_t kLanes = 16;         // columns of a packed block
 constexpr int kRows = 8, kBlocks = 3;  // a tile of sums in registers: 8 x 48
 
 // Columns [first, first + 16) of x float [tokens, k] as pairs of bf16 of two consecutive tokens; zeros beyond both ends.
@@ -17,9 +16,7 @@ void pack(const float* x, int64_t stride, int64_t tokens, int64_t first, int64_t
     for (int64_t t = 0; t < tokens; t += 2, out += kLanes) {
         const __m512 even = _mm512_maskz_loadu_ps(mask, x + t * stride + first);
         const __m512 odd = t + 1 < tokens ? _mm512_maskz_loadu_ps(mask, x + (t + 1) * stride + first) : __m512{};
-        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-        const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-        _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        _mm512_storeu_si512(out, pair_up((__m256i)_mm512_cvtneps_pbh(even), (__m256i)_mm512_cvtneps_pbh(odd)));
     }
 }
 
@@ -27,24 +24,12 @@ void pack(const float* x, int64_t stride, int64_t tokens, int64_t first, int64_t
 // pairs of tokens, to out [8, 16 * count] with rows k apart; `rows` and `mask` say what of it is there.
 template <int count>
 void tile(const uint32_t* a, const uint32_t* b, int64_t length, float* out, int64_t k, int64_t rows, __mmask16 mask) {
-    __m512 sums[kRows][count];
-    pairs<kRows, count>([&](auto r, auto q) QUANTKIT_INLINE { sums[r][q] = _mm512_setzero_ps(); });
-    for (int64_t p = 0; p < length; ++p) {
-        __m512bh columns[count];
-        each<count>([&](auto q) QUANTKIT_INLINE {
-            columns[q] = (__m512bh)_mm512_loadu_si512(b + (q * length + p) * kLanes);
-        });
-        each<kRows>([&](auto r) QUANTKIT_INLINE {
-            const __m512bh row = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[p * kLanes + r]));
-            each<count>([&](auto q) QUANTKIT_INLINE { sums[r][q] = _mm512_dpbf16_ps(sums[r][q], row, columns[q]); });
-        });
-    }
     const __m512 two = _mm512_set1_ps(2.0f);
-    pairs<kRows, count>([&](auto r, auto q) QUANTKIT_INLINE {
+    bf16_tile<kRows, count>(a, 1, kLanes, b, length * kLanes, length, [&](auto r, auto q, __m512 sum) QUANTKIT_INLINE {
         if (r >= rows) return;
         const __mmask16 here = q == count - 1 ? mask : 0xffff;
         float* at = out + r * k + q * kLanes;
-        _mm512_mask_storeu_ps(at, here, _mm512_fmadd_ps(two, sums[r][q], _mm512_maskz_loadu_ps(here, at)));
+        _mm512_mask_storeu_ps(at, here, _mm512_fmadd_ps(two, sum, _mm512_maskz_loadu_ps(here, at)));
     });
 }
 

@@ -32,6 +32,7 @@ _SOURCES = (
     "int8_vnni.cpp",
     "kv4_attention.cpp",
     "kv4_pack.cpp",
+    "prompt_attention.cpp",
     "rounding.cpp",
     "rows.cpp",
 )
@@ -93,6 +94,9 @@ _ARGUMENTS = {
         *(POINTER, INT, SIZE, SIZE, SIZE, SIZE, POINTER, *_QUANTIZER, POINTER, POINTER, INT),
     ],
     "hessian": [POINTER, SIZE, SIZE, SIZE, SIZE, POINTER, POINTER, INT],
+    "prompt_attention": [
+        *(POINTER, POINTER, POINTER, POINTER, FLOAT, SIZE, POINTER, POINTER, INT),
+    ],
     "kv4_quantize": [POINTER, INT, POINTER, POINTER, POINTER, INT, POINTER, INT],
     "kv4_dequantize": [POINTER, POINTER, POINTER, INT, POINTER, INT, INT],
     "kv4_append": [

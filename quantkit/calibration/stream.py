@@ -204,17 +204,19 @@ class LayerStream:
                 sink(first, output.float())
             self._store.release()
 
-    def advance(self, layer: nn.Module, number: int) -> None:
-        """The layer's outputs become the next layer's inputs, in place."""
-        self._advance(layer, number, self.hidden)
+    def advance(self, layer: nn.Module, number: int, blocks: int | None = None) -> None:
+        """The layer's outputs become the next layer's inputs, in place; of the first `blocks`, at least, or all."""
+        assert self.hidden is not None
+        if blocks is not None:
+            blocks = -(-blocks // self._batch) * self._batch
+        self._advance(layer, number, self.hidden[:blocks])
 
     def advance_reference(self, layer: nn.Module, number: int) -> None:
         """As `advance`, for the original layer and `hidden_reference`."""
+        assert self.hidden_reference is not None
         self._advance(layer, number, self.hidden_reference)
 
-    def _advance(self, layer: nn.Module, number: int, hidden: torch.Tensor | None) -> None:
-        assert hidden is not None
-
+    def _advance(self, layer: nn.Module, number: int, hidden: torch.Tensor) -> None:
         def replace(first: int, output: torch.Tensor) -> None:
             hidden[first : first + output.shape[0]] = output.to(hidden.device)
 

@@ -180,9 +180,11 @@ def _check_schema(ours: dict[str, Any], where: str) -> None:
 
 
 def _names(modules: Any) -> list[str]:
-    names = modules if isinstance(modules, list) else [None]
+    names: list[Any] = modules if isinstance(modules, list) else [modules]
     if odd := [name for name in names if not isinstance(name, str)]:
         raise ValueError(f"modules: {str(odd[0])[:40]} where a module's name is expected")
+    if names is not modules:
+        raise ValueError("modules: one name where a list is expected")
     return names
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.scheme import KVFormat
+from quantkit.kernels.cpu.prompt_attention import attend
 from quantkit.kernels.kv4 import kv4_dequantize, kv4_quantize
 from quantkit.kernels.kv4_append import rotate
 from quantkit.kernels.kv4_attention import causal_mask, kv4_attention, prepare_query
@@ -97,10 +98,25 @@ def quantkit_attention(
     if quantizer is not None and torch.is_grad_enabled() and query.requires_grad:
         query, key, value = quantizer.rounded(query, key, value)
         quantizer = None
+    if torch.is_autocast_enabled(query.device.type):
+        # Calibration: what is multiplied here is rounded as in the products around it.
+        query = query.to(torch.get_autocast_dtype(query.device.type))
     if quantizer is None:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        output = None
+        if attention_mask is None and _is_plain(module, kwargs):
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            output = _attend_prompt(query, key.to(query.dtype), value.to(query.dtype), scaling)
+        if output is None:
+            output, _ = sdpa_attention_forward(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=scaling,
+                **kwargs,
+            )
         return output, None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if key.dtype != torch.uint8:
@@ -127,6 +143,21 @@ def quantkit_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+def _is_plain(module: Any, settings: dict[str, Any]) -> bool:
+    """Whether a forward without a mask is causal attention and nothing more."""
+    causal = settings.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    more = ("softcap", "position_bias", "s_aux", "cache")
+    return causal and all(settings.get(name) is None for name in more)
+
+
+def _attend_prompt(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int = 0
+) -> torch.Tensor | None:
+    """[B, T, H, D] where there is something faster than torch's. Without a mask torch lets the first of more keys be seen."""
+    return attend(query, key, value, scaling, window) if query.shape[2] == key.shape[2] else None
+
+
 def _attend_fresh(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -137,6 +168,9 @@ def _attend_fresh(
 ) -> torch.Tensor:
     """torch's attention of a prompt [B, H, T, D] over its own keys and values [B, KV heads, T, D] -> [B, T, H, D]."""
     tokens = key.shape[2]
+    found = _attend_prompt(query, key, value, scaling, window) if mask is None else None
+    if found is not None:
+        return found
     if mask is None and 0 < window < tokens:
         mask = causal_mask(tokens, tokens, query.device, window)
     output = F.scaled_dot_product_attention(

@@ -1,0 +1,119 @@
+"""Our attention of prompts on processors without AMX, beside the definition in float64."""
+
+import pytest
+import torch
+from quantkit.kernels.cpu import native, prompt_attention
+from quantkit.kernels.cpu.prompt_attention import attend
+
+pytestmark = pytest.mark.skipif(native.level() == 0, reason="no C++ compiler, or no AVX-512-BF16")
+
+
+@pytest.fixture(autouse=True)
+def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "level", lambda: 1)
+
+
+def inputs(
+    batch: int, tokens: int, length: int, heads: int, kv_heads: int, dim: int, size: float = 1
+):
+    """As transformers gives them: heads behind tokens in memory."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(batch, n, h, dim, generator=generator) * size).bfloat16().transpose(1, 2)
+        for n, h in ((tokens, heads), (length, kv_heads), (length, kv_heads))
+    ]
+
+
+def definition(query, key, value, scaling: float, window: int = 0) -> torch.Tensor:
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.double().repeat_interleave(group, 1) for x in (key, value))
+    tokens, length = query.shape[2], key.shape[2]
+    last = torch.arange(length - tokens, length)[:, None]
+    seen = torch.arange(length)[None] <= last
+    if window:
+        seen &= torch.arange(length)[None] > last - window
+    scores = query.double() @ key.mT * scaling
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "length", "heads", "kv_heads", "dim"),
+    [
+        (2, 100, 333, 6, 3, 80),
+        (1, 16, 16, 1, 1, 16),
+        (1, 17, 17, 2, 1, 48),
+        (3, 64, 384, 4, 4, 64),
+        (1, 401, 801, 2, 1, 128),
+        (1, 300, 300, 2, 1, 256),
+        (1, 31, 1200, 2, 2, 96),
+    ],
+)
+@pytest.mark.parametrize("window", [0, 1, 33, 500])
+def test_it_is_attention(batch, tokens, length, heads, kv_heads, dim, window):
+    given = inputs(batch, tokens, length, heads, kv_heads, dim)
+    got = attend(*given, dim**-0.5, window)
+    want = definition(*given, dim**-0.5, window)
+    assert got is not None
+    assert got.shape == want.shape
+    assert got.dtype == torch.bfloat16
+    assert (got - want).norm() <= 4e-3 * want.norm()
+    assert float((got - want).abs().max()) < 0.03
+
+
+def test_scores_that_exp_cannot_take():
+    """Thousands apart, the largest ones first and last: rows end at one key each, none at NaN."""
+    query, key, value = inputs(1, 700, 700, 2, 1, 64, size=30)
+    got = attend(query, key, value, 1.0)
+    want = definition(query, key, value, 1.0)
+    assert got is not None
+    assert torch.isfinite(got).all()
+    assert (got - want).norm() <= 4e-3 * want.norm()
+
+
+def test_heads_and_rows_that_lie_apart():
+    """Parts of a fused projection, and an odd row length, which is copied."""
+    whole = torch.randn(2, 40, 8 * 32 + 1, generator=torch.Generator().manual_seed(1)).bfloat16()
+    query = whole[..., : 4 * 32].unflatten(-1, (4, 32)).transpose(1, 2)
+    key, value = (
+        whole[..., at : at + 64].unflatten(-1, (2, 32)).transpose(1, 2) for at in (128, 192)
+    )
+    got, want = attend(query, key, value, 0.2), definition(query, key, value, 0.2)
+    assert got is not None
+    assert (got - want).norm() <= 4e-3 * want.norm()
+
+
+def test_threads_change_nothing():
+    given, before, found = inputs(2, 130, 200, 4, 2, 64), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(attend(*given, 0.125))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def test_what_it_does_not_take_is_left_to_torch(monkeypatch):
+    query, key, value = inputs(1, 20, 20, 2, 1, 32)
+    assert attend(query, key, value, 1.0) is not None
+    assert attend(query.float(), key, value, 1.0) is None
+    assert attend(query, key.float(), value, 1.0) is None
+    assert attend(*inputs(1, 20, 20, 2, 1, 40), 1.0) is None  # heads of 40
+    assert attend(query[:, :, :15], key, value, 1.0) is None  # a few queries
+    assert (
+        attend(query, key[:, :, :19], value[:, :, :19], 1.0) is None
+    )  # of which no keys are there
+    assert attend(query[:0], key[:0], value[:0], 1.0) is None
+    assert attend(query.clone().requires_grad_(), key, value, 1.0) is None
+    monkeypatch.setattr(native, "level", lambda: 2)
+    assert attend(query, key, value, 1.0) is None
+
+
+def test_missing_memory_is_told(monkeypatch):
+    class Full:
+        def quantkit_prompt_attention(self, *arguments: object) -> int:
+            return 1
+
+    monkeypatch.setattr(native, "library", Full)
+    with pytest.raises(MemoryError, match=r"\(1, 1, 20, 32\)"):
+        prompt_attention.attend(*inputs(1, 20, 20, 2, 1, 32), 1.0)
