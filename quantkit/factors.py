@@ -18,8 +18,8 @@ from quantkit.recipe import Recipe, Weights
 from quantkit.runtime.activations import round_activation
 from quantkit.solve import weight_scale
 
-# Outputs of each linear, about, on which factors of its inputs are compared.
-_SEARCH_OUTPUTS = 2048
+# Outputs of each linear, about, on which factors of its inputs are compared: 256 find as good ones in the bundled model.
+_SEARCH_OUTPUTS = 1024
 # CrossQuant's own alpha, section 4 of the paper.
 _PAPER_ALPHA = 0.15
 
@@ -71,7 +71,7 @@ def choose_factor(
 
 
 def _some_rows(weight: torch.Tensor) -> torch.Tensor:
-    """Outputs of a linear, evenly spread: a factor of its inputs is chosen as well on thousands as on all of them."""
+    """Outputs of a linear, evenly spread: a factor of its inputs is chosen as well on a thousand as on all of them."""
     return weight[:: max(1, weight.shape[0] // _SEARCH_OUTPUTS)]
 
 
