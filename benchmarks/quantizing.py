@@ -3,7 +3,7 @@
     python benchmarks/quantizing.py
 
 Hessians of 2,048 tokens: float32 products by torch, and rounded ones (ours, or oneDNN's where it has them). Rounding a piece
-of a weight to INT4 in groups of 128, with the errors it makes. Results go to benchmarks/results/quantizing.json.
+of a weight to INT4 in groups of 128, with the errors it makes. Causal attention of a prompt in bf16. Results go to benchmarks/results/quantizing.json.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from accuracy import processor
 from quantkit.kernels.cpu import native
+from quantkit.kernels.cpu.prompt_attention import attend
 
 from quantkit import memory
 from quantkit.bench.timing import Run, compare
@@ -48,15 +50,32 @@ def round_piece() -> dict[str, Run]:
     }
 
 
+def attention(samples: int, tokens: int, heads: int, kv_heads: int, dim: int) -> dict[str, Run]:
+    query, key, value = (
+        torch.randn(samples, tokens, n, dim).bfloat16().transpose(1, 2)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    settings = {"is_causal": True, "enable_gqa": True}
+    return {
+        "torch": lambda _: F.scaled_dot_product_attention(query, key, value, **settings),
+        "native": lambda _: attend(query, key, value, dim**-0.5),
+    }
+
+
 def main() -> None:
     memory.keep_bounded()  # as a run does
     jobs = {f"hessian of {n} inputs": hessian(n) for n in (8192, 2048, 768, 256)}
+    jobs[f"rounding {ELEMENTS} numbers"] = round_piece()
+    # The bundled model's, a 1B's, an 8B's.
+    shapes = ((4, 512, 4, 2, 64), (1, 2048, 32, 8, 64), (1, 2048, 32, 8, 128))
+    if native.level() == 1:  # with AMX torch's is as fast, and stays
+        jobs |= {f"attention {shape}": attention(*shape) for shape in shapes}
     rows = []
-    for name, runs in (jobs | {f"rounding {ELEMENTS} numbers": round_piece()}).items():
+    for name, runs in jobs.items():
         found = compare(runs, torch.device("cpu"), SECONDS)
         (first, before), (second, after) = found.items()
         print(
-            f"{name:<24} {first} {1e3 * before.median:8.2f} ms  {second} {1e3 * after.median:8.2f} ms  "
+            f"{name:<28} {first} {1e3 * before.median:8.2f} ms  {second} {1e3 * after.median:8.2f} ms  "
             f"{before.median / after.median:.2f}",
             flush=True,
         )
