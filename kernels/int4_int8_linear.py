@@ -1,4 +1,4 @@
-"""INT4 weights in groups, INT8 (or INT4) activations per token (W4A8, W4A4)."""
+"""INT4 weights in groups, INT8 (or INT4) activations per token (W4A8, W4A4), on integers or half-integers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ def _reference(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    half: bool = False,
     residual: torch.Tensor | None = None,
     gate: bool = False,
 ) -> torch.Tensor:
     """y [..., N] = x_scale * sum_g scale_g * (xq_g @ q_g^T) + bias.
 
-    Each group's integer sum is exact (below 2^24, so in float32 too); the scales apply in float32.
+    Each group's sum is exact (below 2^24, or quarters below 2^22, so in float32 too); the scales apply in float32.
 
     Args:
         xq: int8 [..., K].
@@ -31,6 +32,7 @@ def _reference(
         scale: [N, G] for groups of K / G inputs ([N, 1]: per channel), or [G, N, 2].
         bias: [N] or None.
         out_dtype: the output's.
+        half: codes of both sides are on QuEST's half-integer grid, n + 1/2; see `hadamard_int4_linear`.
         residual: [..., N], added to the rounded output, or None.
         gate: weight rows [0, N / 2) are a gate, the others what it multiplies: the output is
             [..., N / 2] = silu(first half) * second half (+ residual of that shape).
@@ -40,10 +42,11 @@ def _reference(
     """
     codes, scales = int4_weight.codes_and_scales(weight, scale)
     groups = scales.shape[1]
-    x_groups = xq.reshape(-1, xq.shape[-1]).float().chunk(groups, dim=1)
+    offset = 0.5 if half else 0.0
+    x_groups = (xq.reshape(-1, xq.shape[-1]).float() + offset).chunk(groups, dim=1)
     y = torch.zeros(len(x_groups[0]), len(codes), device=xq.device)
     for index, (x_part, code_part) in enumerate(zip(x_groups, codes.chunk(groups, dim=1))):
-        y += (x_part @ code_part.t().float()) * scales[:, index].float()
+        y += (x_part @ (code_part.t().float() + offset)) * scales[:, index].float()
     return int4_weight.finish(
         y, x_scale, bias, (*xq.shape[:-1], len(codes)), out_dtype, residual, gate
     )
@@ -56,15 +59,18 @@ def _cpu(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    half: bool = False,
     residual: torch.Tensor | None = None,
     gate: bool = False,
 ) -> torch.Tensor:
-    # INT8 values are exact in bf16; a float32 result needs float32 partial sums.
-    fused = linear.int4(xq, weight, scale, x_scale, bias, torch.float32 if gate else out_dtype)
+    # INT8 values, and n + 1/2, are exact in bf16; a float32 result needs float32 partial sums.
+    written = torch.float32 if gate else out_dtype
+    fused = linear.int4(xq, weight, scale, x_scale, bias, written, half)
     if fused is not None:
         return int4_weight.last(fused, residual, gate, out_dtype)
     wide = int4_weight.product_dtype(weight, out_dtype)
-    y = int4_weight.matmul(xq.reshape(-1, xq.shape[-1]).to(wide), weight, scale)
+    values = xq.reshape(-1, xq.shape[-1]).to(wide)
+    y = int4_weight.matmul(values + 0.5 if half else values, weight, scale, half)
     return int4_weight.finish(
         y, x_scale, bias, (*xq.shape[:-1], len(weight)), out_dtype, residual, gate
     )
@@ -77,6 +83,7 @@ def _triton(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    half: bool = False,
     residual: torch.Tensor | None = None,
     gate: bool = False,
 ) -> torch.Tensor:
@@ -84,7 +91,7 @@ def _triton(
 
     return int4(
         "int4_int8_linear", xq, weight, scale, x_scale, bias, out_dtype,
-        residual=residual, gate=gate,
+        half_integer=half, residual=residual, gate=gate,
     )  # fmt: skip
 
 
@@ -95,6 +102,7 @@ def _supports(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    half: bool = False,
     residual: torch.Tensor | None = None,
     gate: bool = False,
 ) -> bool:
@@ -108,6 +116,7 @@ def _check(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    half: bool = False,
     residual: torch.Tensor | None = None,
     gate: bool = False,
 ) -> None:
@@ -123,6 +132,7 @@ def _fake(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    half: bool = False,
     residual: torch.Tensor | None = None,
     gate: bool = False,
 ) -> torch.Tensor:

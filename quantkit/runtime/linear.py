@@ -73,7 +73,7 @@ class QuantLinear(nn.Module):
         if self.scheme.weights.bits > 4:
             return int8_linear if _is_int8(self.scheme) else wide_linear
         if self.scheme.weights.half:
-            return hadamard_int4_linear
+            return hadamard_int4_linear if self.scheme.rotation else int4_int8_linear
         if acts is None:
             return int4_linear
         if acts.type == "float":
@@ -107,7 +107,7 @@ class QuantLinear(nn.Module):
     @property
     def input_form(self) -> ActivationFormat | None:
         """The format in which the product takes its input, or None if it wants the input itself."""
-        rotated = self.scheme.weights.half or self.scheme.rotation is not None
+        rotated = self.scheme.rotation is not None
         return None if rotated or self.op is wide_linear else self.scheme.activations
 
     def product(
@@ -125,6 +125,7 @@ class QuantLinear(nn.Module):
         """
         output: torch.Tensor = self.op(
             *(x.codes, x.scale, self.packed, self.weight_scale, self.bias, dtype),
+            **({"half": True} if self.scheme.weights.half else {}),
             **({"gate": True} if gate else {}),
             **({} if residual is None else {"residual": residual}),
         )
@@ -137,16 +138,16 @@ class QuantLinear(nn.Module):
         if self.op is wide_linear:
             rest = (self.packed, self.weight_scale, bias, x.dtype, scheme.weights.half)
             return (*self._values(x), *rest)
-        if scheme.weights.half:
+        if self.op is hadamard_int4_linear:
             assert acts is not None
-            block = scheme.rotation or 1  # 1: turned in the weights already
-            return (x, self.packed, self.weight_scale, bias, acts.bits, block)
+            return (x, self.packed, self.weight_scale, bias, acts.bits, scheme.rotation)
         if scheme.rotation:
             x = hadamard(x, scheme.rotation)
         if acts is None:
             return (x, self.packed, self.weight_scale, bias)
         codes, scale = quantize_activation(x, acts)
-        return (codes, scale, self.packed, self.weight_scale, bias, x.dtype)
+        half = (True,) if scheme.weights.half else ()
+        return (codes, scale, self.packed, self.weight_scale, bias, x.dtype, *half)
 
     def _values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What `wide_linear` takes first: the codes' values and step, or the input itself and None."""

@@ -231,7 +231,9 @@ def test_gate_and_residual(m, kind, device, relative_error) -> None:
     if kind == "fp8":
         y = int4_fp8_linear(codes, x_scale, *weight.repacked(E4M3), *last, "exact", residual, True)
     elif kind == "int8":
-        y = int4_int8_linear(codes, x_scale, *weight.repacked(torch.int8), *last, residual, True)
+        y = int4_int8_linear(
+            codes, x_scale, *weight.repacked(torch.int8), *last, False, residual, True
+        )
     else:
         weight.scale = weight.scale[:, :1].expand(-1, 2)
         arguments = (weight.codes.to(device), weight.scale[:, :1].to(device))

@@ -2,6 +2,7 @@ import pytest
 import torch
 from quantkit.kernels import int4pack
 from quantkit.kernels.int4_int8_linear import int4_int8_linear
+from quantkit.kernels.quantize_half import quantize_half
 from quantkit.kernels.quantize_int8 import quantize_int8
 
 BOUND = {torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float32: 1e-5}
@@ -26,6 +27,29 @@ def test_against_float64(m, n, k, out_dtype, bits, int4_weight, relative_error) 
         y = int4_int8_linear(xq, x_scale, packed, scale, bias, out_dtype)
         assert y.dtype == out_dtype
         assert relative_error(y, expected) < BOUND[out_dtype]
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("out_dtype", list(BOUND))
+@pytest.mark.parametrize(("m", "n", "k"), [*SHAPES, (5, 64, 256)])
+def test_half_integers_on_both_sides(m, n, k, out_dtype, bits, int4_weight, relative_error) -> None:
+    weight = int4_weight(n, k, 128)
+    codes, step = quantize_half(torch.randn(m, k), bits)
+    bias, residual = torch.randn(n), torch.randn(m, n)
+    expected = (
+        (codes.double() + 0.5) @ weight.dense(half=True).t()
+    ) * step.double() + bias.double()
+    repacked = int4pack.repack(weight.packed, weight.scale, half=True)
+    for packed, scale in [(weight.packed, weight.scale), *([repacked] if repacked else [])]:
+        y = int4_int8_linear(codes, step, packed, scale, bias, out_dtype, True)
+        assert y.dtype == out_dtype
+        assert relative_error(y, expected) < BOUND[out_dtype]
+        added = int4_int8_linear(codes, step, packed, scale, bias, out_dtype, True, residual)
+        assert relative_error(added, expected + residual.double()) < BOUND[out_dtype]
+        gate, up = expected.chunk(2, dim=-1)
+        gated = int4_int8_linear(codes, step, packed, scale, bias, out_dtype, True, gate=True)
+        assert relative_error(gated, torch.nn.functional.silu(gate) * up) < 2 * BOUND[out_dtype]
 
 
 @pytest.mark.usefixtures("backend")
