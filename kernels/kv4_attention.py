@@ -165,13 +165,15 @@ def _cpu(
         key, value, mask = _cut(key, value, mask, dim, length, planar)
     there = key.shape[2] if length is None else int(length)
     causal = mask is None and is_causal
-    if causal and window and window < there:
-        mask = causal_mask(tokens, there, query.device, window)[None, None]
-    found = native.attention(
-        query, key, value, mask, scaling, is_causal, post_scale, quantize_query, there, planar
-    )
-    if found is not None:
-        return found
+    narrow = causal and 0 < window < there
+    if tokens * heads <= native.MOST_ROWS * key.shape[1]:
+        if narrow:
+            mask = causal_mask(tokens, there, query.device, window)[None, None]
+        found = native.attention(
+            query, key, value, mask, scaling, is_causal, post_scale, quantize_query, there, planar
+        )
+        if found is not None:
+            return found
     if planar:
         key, value, mask = _cut(key, value, mask, dim, length, planar)
     kv_heads, there = key.shape[1], key.shape[2]
@@ -182,8 +184,8 @@ def _cpu(
     attended = attend(q, k, v, scaling, window) if causal else None
     if attended is not None:
         return attended.transpose(1, 2).contiguous()
-    if mask is None and is_causal and 1 < tokens < there:
-        mask, is_causal = causal_mask(tokens, there, query.device), False
+    if causal and (narrow or 1 < tokens < there):
+        mask, is_causal = causal_mask(tokens, there, query.device, window), False
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     out = F.scaled_dot_product_attention(

@@ -1,4 +1,6 @@
-from quantkit.cli.process import run
+from quantkit.cli.main import main
+from quantkit.cli.process import collect_seldom
 
 if __name__ == "__main__":
-    run()
+    collect_seldom(until="transformers.modeling_utils")
+    main()

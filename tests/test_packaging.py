@@ -106,7 +106,7 @@ def test_the_wheel_runs(wheel: Path, tmp_path: Path):
 def test_help_does_not_wait_for_torch():
     code = (
         "import sys; sys.argv = ['quantkit', '--help']\n"
-        "from quantkit.cli.main import main\n"
+        "from quantkit.cli.process import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"

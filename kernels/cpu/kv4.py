@@ -11,7 +11,7 @@ from . import native
 
 _DTYPES = (torch.bfloat16, torch.float32)
 # Queries of a key head from which expanding keys and values once, for torch's attention, is faster.
-_MOST_ROWS = 32
+MOST_ROWS = 32
 _WIDEST = 1024  # head_dim that the C++ has room for
 
 
@@ -140,7 +140,7 @@ def attention(
         or query.dtype not in _DTYPES
         or not query.numel()
         or not key.numel()
-        or tokens * heads // kv_heads > _MOST_ROWS
+        or tokens * heads // kv_heads > MOST_ROWS
         or _is_float8(key, dim) != _is_float8(value, dim)
         or dim > _WIDEST
     ):

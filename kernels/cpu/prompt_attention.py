@@ -22,7 +22,7 @@ def attend(
 
     Args:
         query: bfloat16 [B, Hq, T, D].
-        key, value: bfloat16 [B, H, S, D], S >= T; H divides Hq.
+        key, value: [B, H, S, D], S >= T; H divides Hq. They are rounded to bfloat16.
         scaling: of the scores.
         window: how many keys a token sees, itself among them; 0: all.
 
@@ -35,7 +35,8 @@ def attend(
     if (
         torch.compiler.is_compiling()
         or native.level() != 1
-        or any(x.device.type != "cpu" or x.dtype != torch.bfloat16 for x in (query, key, value))
+        or query.dtype != torch.bfloat16
+        or any(x.device.type != "cpu" or type(x) is not torch.Tensor for x in (query, key, value))
         or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
         or not 16 <= tokens <= length
         or dim % 16
@@ -45,7 +46,7 @@ def attend(
         return None
     library = native.library()
     assert library is not None
-    query, key, value = (_readable(x) for x in (query, key, value))
+    query, key, value = (_readable(x.to(torch.bfloat16)) for x in (query, key, value))
     out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype)
     strides = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]]
     sizes = (batch, heads, kv_heads, tokens, length, dim)

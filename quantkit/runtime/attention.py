@@ -98,14 +98,15 @@ def quantkit_attention(
     if quantizer is not None and torch.is_grad_enabled() and query.requires_grad:
         query, key, value = quantizer.rounded(query, key, value)
         quantizer = None
-    if torch.is_autocast_enabled(query.device.type):
+    kind = query.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         # Calibration: what is multiplied here is rounded as in the products around it.
-        query = query.to(torch.get_autocast_dtype(query.device.type))
+        query = query.to(torch.get_autocast_dtype(kind))
     if quantizer is None:
         output = None
         if attention_mask is None and _is_plain(module, kwargs):
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            output = _attend_prompt(query, key.to(query.dtype), value.to(query.dtype), scaling)
+            output = _attend_prompt(query, key, value, scaling)
         if output is None:
             output, _ = sdpa_attention_forward(
                 module,

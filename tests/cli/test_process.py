@@ -25,9 +25,33 @@ def run(body: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("code", [0, 2, 130])
-def test_its_exit_code_is_mains(code: int):
-    assert run(f"sys.exit({code})").returncode == code
+@pytest.mark.parametrize(
+    ("code", "status", "said"),
+    [("0", 0, ""), ("2", 2, ""), ("130", 130, ""), ("", 0, ""), ("'why'", 1, "why\n")],
+)
+def test_it_ends_as_main_does(code: str, status: int, said: str):
+    done = run(f"sys.exit({code})")
+    assert (done.returncode, done.stderr) == (status, said)
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_stream_that_is_closed_is_left_alone(closed: str):
+    assert run(f"sys.{closed}.close(); sys.exit(0)").returncode == 0
+    assert run(f"sys.{closed} = None; sys.exit(0)").returncode == 0
+
+
+def test_what_c_has_printed_arrives():
+    done = run("import ctypes; ctypes.CDLL(None).printf(b'from C'); sys.exit(0)")
+    assert done.stdout == "from C"
+
+
+def test_whoever_watches_sees_the_end(tmp_path):
+    code = "import sys; from quantkit.cli.process import run; sys.argv = ['quantkit', '--version']; run()"
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "cProfile", "-o", str(tmp_path / "profile"), str(script)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "profile").stat().st_size
 
 
 def test_what_was_printed_arrives_and_exit_handlers_run():

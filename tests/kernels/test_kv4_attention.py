@@ -68,6 +68,26 @@ def test_against_loops(shape, dtype, is_causal, quantize_query, relative_error) 
     assert relative_error(y, _slow(*arguments)) < BOUND[dtype]
 
 
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("window", [0, 30])
+@pytest.mark.parametrize("length", [100, 160])
+def test_prompts_in_bf16(length, window, masked, planar, relative_error) -> None:
+    """Enough queries for what attends over expanded keys: in C++ without a mask, by torch with one."""
+    query, *packed = _inputs((2, 4, 2, 100, length, 32), torch.bfloat16)
+    mask = None
+    if masked:
+        mask = torch.rand(2, 1, 100, length) < 0.5
+        mask[..., 0] = True
+    settings = {"window": 0 if masked else window}
+    want = kv4_attention.reference(query.float(), *packed, mask, 0.2, True, **settings)
+    if planar:
+        packed = [_planar(x, 32) for x in packed]
+    y = kv4_attention(query, *packed, mask, 0.2, True, planar=planar, **settings)
+    assert y.is_contiguous()
+    assert relative_error(y, want.double()) < BOUND[torch.bfloat16]
+
+
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("kind", ["bool", "additive", "shared", "per head"])
 def test_masks(kind: str, relative_error) -> None:

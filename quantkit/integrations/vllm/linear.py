@@ -66,7 +66,8 @@ class QuantkitLinearMethod(LinearMethodBase):
 
     Outputs are split over ranks, or inputs with their group scales; a fused layer (qkv, gate and up) has
     its parts' rows one after the other. Where inputs are split, each rank rounds its own part of a token by that part's
-    maximum on a GPU, as vLLM's kernels do. On a CPU, where it is the numbers that count, ranks give what one alone would.
+    maximum on a GPU, as vLLM's kernels do. On a CPU, where it is the numbers that count, ranks give what one alone would,
+    if it is codes that are multiplied.
     """
 
     def __init__(self, scheme: Scheme) -> None:
@@ -132,7 +133,7 @@ class QuantkitLinearMethod(LinearMethodBase):
     ) -> torch.Tensor:
         own: Any = layer
         linear: QuantLinear = own.quantkit_linear
-        # Rotated inputs are rounded within their op: by each rank's maximum, which a rotation makes much alike.
+        # Online rotations, and weights of more than four bits in groups, have ops that round by themselves.
         if own.quantkit_ranks > 1 and linear.input_form is not None and current_platform.is_cpu():
             return share_as_alone(linear, x, bias, own.quantkit_ranks)
         output: torch.Tensor = linear.op(*linear.arguments(x, bias))

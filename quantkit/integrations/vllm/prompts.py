@@ -21,6 +21,7 @@ def attend_as_transformers(attention: Any) -> None:
         and impl.attn_type == AttentionType.DECODER
         and impl.alibi_slopes is None
         and impl.sinks is None
+        and impl.kv_sharing_target_layer_name is None
         and not impl.logits_soft_cap
         and not impl.is_fp8_kv_cache
     ):
@@ -59,6 +60,8 @@ class _PromptsAsTransformers(CPUAttentionBackendImpl):
 
     def _whole_prompts(self, batch: CPUAttentionMetadata) -> tuple[list[slice], bool]:
         """The rows of each whole prompt, and whether there is anything else in the batch."""
+        if batch.causal is not True or batch.dynamic_causal is not None:
+            return [], True
         starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
         longest = self.sliding_window if self.sliding_window > 0 else max(lengths, default=0)
         whole = [

@@ -206,7 +206,10 @@ def test_inputs_over_two_ranks_give_what_one_would(monkeypatch, scheme, biased):
         alone = whole(scheme, tensors)
         alone.bias = bias
         assert torch.equal(got[0], got[1])
-        assert close(got[0] + got[1], alone(x))
+        want = alone(x)
+        # Nearly all numbers alike: sums were added up before they were rounded.
+        assert ((got[0] + got[1]) == want).float().mean() > 0.97
+        assert close(got[0] + got[1], want)
         return
     scale = tensors["weight_scale"]
     for rank in range(2):

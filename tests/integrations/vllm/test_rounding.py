@@ -22,6 +22,7 @@ from vllm import ir
 from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backends import cpu_attn
@@ -117,7 +118,9 @@ def test_a_prompt_that_comes_whole_attends_as_transformers(monkeypatch, window):
     for heads in (HEADS, 2, 2):
         given.append(torch.randn(sum(seen), heads, HEAD).bfloat16())
     starts = torch.tensor([0, *seen]).cumsum(0)
-    batch = SimpleNamespace(query_start_loc=starts, seq_lens=torch.tensor(lengths))
+    batch = SimpleNamespace(
+        query_start_loc=starts, seq_lens=torch.tensor(lengths), causal=True, dynamic_causal=None
+    )
     monkeypatch.setattr(
         CPUAttentionBackendImpl, "forward", lambda self, *args: args[6].fill_(torch.nan)
     )
@@ -140,3 +143,20 @@ def test_attention_that_torchs_kernel_does_not_know_stays_vllms(changes):
     impl = attention_of(**changes)
     attend_as_transformers(SimpleNamespace(impl=impl))
     assert type(impl) is CPUAttentionBackendImpl
+
+
+@pytest.mark.parametrize(
+    ("scheme", "replaced"), [(W4A8, True), (W8A8, False)], ids=["emulated", "vLLM's"]
+)
+def test_an_emulated_models_layers_attend_so(monkeypatch, scheme: Scheme, replaced: bool):
+    model_of(W8A8, CompilationMode.NONE, monkeypatch)
+    made = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+    quant = QuantkitConfig.from_config(
+        build_quantization_config({"linear": scheme}, ["lm_head"], None, {})
+    )
+    layer = Attention.__new__(Attention)
+    torch.nn.Module.__init__(layer)
+    layer.impl = attention_of()
+    with set_current_vllm_config(made):
+        quant.get_quant_method(layer, "model.layers.0.self_attn.attn")
+    assert (type(layer.impl) is not CPUAttentionBackendImpl) == replaced
