@@ -33,14 +33,14 @@ def _reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    found = rows.quantize(x, rows.FLOAT8, -E4M3_MAX, E4M3_MAX)
+    found = rows.quantize(x, rows.FLOAT8, -E4M3_MAX, E4M3_MAX, E4M3_MAX)
     return _reference(x) if found is None else found
 
 
 def _triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     from .gpu import rows as gpu
 
-    return gpu.quantize(x, "fp8", E4M3_MAX)
+    return gpu.quantize(x, "fp8", E4M3_MAX, E4M3_MAX)
 
 
 def _absmax(x: torch.Tensor) -> torch.Tensor:

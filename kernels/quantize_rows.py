@@ -7,7 +7,7 @@ import torch
 from .cpu import rows
 from .quantize_fp8 import E4M3, E4M3_MAX, quantize_fp8
 from .quantize_half import quantize_half, step_factor
-from .quantize_int8 import quantize_int8
+from .quantize_int8 import largest_over_step, quantize_int8
 
 FORMS = ("fp8", "int8", "half")
 
@@ -24,22 +24,22 @@ def quantize_rows(x: torch.Tensor, form: str, bits: int = 8) -> tuple[torch.Tens
 
 
 def levels_and_factor(form: str, bits: int) -> tuple[float, float]:
-    """(largest code, step / rms) as the kernels take them."""
+    """(largest code, largest / step or, of half-integers, step / rms) as the kernels take them."""
     if form == "fp8":
-        return E4M3_MAX, 0.0
+        return E4M3_MAX, E4M3_MAX
     if form == "half":
         return 2 ** (bits - 1), step_factor(bits)
-    return 2 ** (bits - 1) - 1, 0.0
+    return 2 ** (bits - 1) - 1, largest_over_step(bits)
 
 
 def native_form(form: str, bits: int) -> tuple[int, float, float, float]:
-    """(form, lowest code, highest code, step / rms) as the native CPU quantizers take them."""
+    """(form, lowest code, highest code, factor) as the native CPU quantizers take them."""
     levels, factor = levels_and_factor(form, bits)
     if form == "fp8":
-        return rows.FLOAT8, -levels, levels, 0.0
+        return rows.FLOAT8, -levels, levels, factor
     if form == "half":
         return rows.HALF_INTEGER, -levels, levels - 1, factor
-    return rows.INTEGER, -levels - 1, levels, 0.0
+    return rows.INTEGER, -levels, levels, factor
 
 
 def code_dtype(form: str) -> torch.dtype:

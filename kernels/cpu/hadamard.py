@@ -17,7 +17,7 @@ def rotate(x: torch.Tensor, block: int) -> torch.Tensor | None:
 
 
 def rotate_and_quantize(
-    x: torch.Tensor, block: int, form: int, low: float, high: float, factor: float = 0.0
+    x: torch.Tensor, block: int, form: int, low: float, high: float, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(codes, scale) of the rotated rows, which stay in float32; the form as `rows.quantize` takes it."""
     if not _supported(x, block):

@@ -46,7 +46,7 @@ void quantkit_quantize_row(const Rows& rows, int64_t row) {
     const int64_t start = row * rows.stride;
     const bool half = rows.form == kHalfInteger;
     const float scale = half ? std::sqrt(mean_square(rows, start)) * rows.factor
-                             : largest(rows, start) / rows.high;
+                             : largest(rows, start) / rows.factor;
     rows.scale[row] = scale;
     const __m512 divisor = _mm512_set1_ps(scale > 0 ? scale : 1.0f);
     const __m512 low = _mm512_set1_ps(rows.low), high = _mm512_set1_ps(rows.high);

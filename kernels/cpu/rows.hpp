@@ -14,7 +14,7 @@ struct Rows {
     int64_t stride, m, k;
     int form;
     float low, high;  // the codes' range; for FP8 448 is the largest value
-    float factor;     // half-integer grid: step = rms * factor
+    float factor;     // step = largest / factor; of the half-integer grid rms * factor
     void* codes;
     float* scale;
 };

@@ -11,13 +11,13 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 
 def quantize(
-    x: torch.Tensor, form: int, low: float, high: float, factor: float = 0.0
+    x: torch.Tensor, form: int, low: float, high: float, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """x [..., K] -> (codes [..., K], float32 scale [..., 1]); None where it cannot be had.
 
     Args:
         x: bf16 or float32.
-        form: `FLOAT8` (e4m3 codes; scale = max|row| / high), `INTEGER` (the same with int8 codes)
+        form: `FLOAT8` (e4m3 codes; scale = max|row| / factor), `INTEGER` (the same with int8 codes)
             or `HALF_INTEGER` (int8 codes n for (n + 1/2) * scale; scale = rms(row) * factor).
         low, high: the codes' range.
     """
@@ -41,7 +41,7 @@ def norm(
     form: int,
     low: float,
     high: float,
-    factor: float = 0.0,
+    factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """(y, codes, scale, hidden) as `rmsnorm_quantize` defines them; the form as `quantize` takes it."""
     library = native.library()
@@ -62,7 +62,7 @@ def norm(
 
 
 def gate(
-    gate_up: torch.Tensor, form: int, low: float, high: float, factor: float = 0.0
+    gate_up: torch.Tensor, form: int, low: float, high: float, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(codes, scale) as `silu_mul_quantize` defines them; the form as `quantize` takes it."""
     library = native.library()

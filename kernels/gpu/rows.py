@@ -45,7 +45,7 @@ def encode(
     y, K, LEVELS, FACTOR, FORM: tl.constexpr, BY_HAND: tl.constexpr, INTERPRET: tl.constexpr
 ):
     """A row of K float32 numbers, of any shape, padded with zeros -> (codes as uint8, scale)."""
-    scale = _scale(_measure(y, FORM, INTERPRET), K, LEVELS, FACTOR, FORM)
+    scale = _scale(_measure(y, FORM, INTERPRET), K, FACTOR, FORM)
     return _codes(y, scale, LEVELS, FORM, BY_HAND, INTERPRET), scale
 
 
@@ -69,16 +69,16 @@ def _measure(y, FORM: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _scale(measure, K, LEVELS, FACTOR, FORM: tl.constexpr):
+def _scale(measure, K, FACTOR, FORM: tl.constexpr):
     if FORM == 2:
         return tl.sqrt_rn(measure / K) * FACTOR
     else:
-        return tl.div_rn(measure, LEVELS)
+        return tl.div_rn(measure, FACTOR)
 
 
 @triton.jit
 def _codes(y, scale, LEVELS, FORM: tl.constexpr, BY_HAND: tl.constexpr, INTERPRET: tl.constexpr):
-    """Only half-integer codes need clamping: the others' largest number makes their scale."""
+    """FP8 codes need no clamping: their largest number makes their scale."""
     scaled = divide(y, tl.where(scale > 0, scale, 1.0), INTERPRET)
     if FORM == 0:
         if BY_HAND:
@@ -90,13 +90,18 @@ def _codes(y, scale, LEVELS, FORM: tl.constexpr, BY_HAND: tl.constexpr, INTERPRE
             )
     elif INTERPRET:
         if FORM == 1:
-            codes = tl.clamp(round_even(scaled), -LEVELS - 1, LEVELS)
+            codes = tl.clamp(round_even(scaled), -LEVELS, LEVELS)
         else:
             codes = tl.clamp(tl.floor(scaled), -LEVELS, LEVELS - 1)
         codes = codes.to(tl.int32).to(tl.int8).to(tl.uint8, bitcast=True)
     elif FORM == 1:
         codes = tl.inline_asm_elementwise(
-            _NEAREST, "=r,f,f,f,f", [scaled], dtype=tl.uint8, is_pure=True, pack=4
+            _NEAREST,
+            "=r,f,f,f,f",
+            [tl.minimum(tl.maximum(scaled, -LEVELS), LEVELS)],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
         )
     else:
         codes = tl.inline_asm_elementwise(
@@ -234,7 +239,7 @@ def long_rows_kernel(
             value = _gated(value, x, column, inside, K, dtype, INTERPRET)
         part = _measure(value, FORM, INTERPRET)
         measure = measure + part if FORM == 2 else _larger(measure, part)
-    scale = _scale(measure, K, LEVELS, FACTOR, FORM)
+    scale = _scale(measure, K, FACTOR, FORM)
     for start in range(0, K, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < K
@@ -249,14 +254,14 @@ def long_rows_kernel(
 
 
 def quantize(
-    x: torch.Tensor, form: str, levels: float, factor: float = 0.0
+    x: torch.Tensor, form: str, levels: float, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., K] -> (codes [..., K], scale float32 [..., 1]) as the op of this form defines it.
 
     Args:
         form: "fp8", "int8" or "half".
         levels: the largest code: 448, 2^(bits-1) - 1, or for the half-integer grid 2^(bits-1).
-        factor: step / rms, for the half-integer grid.
+        factor: largest / step; step / rms for the half-integer grid.
     """
     codes, scale = outputs(x.shape, form, x.device)
     _launch(PLAIN, x, form, levels, factor, codes, scale)

@@ -90,11 +90,16 @@ def test_plan(run, tiny):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "op"), [("fireq", "int4_fp8_linear"), ("quest-hadamard", "hadamard_int4_linear")]
+    ("recipe", "linear", "op"),
+    [
+        ("fireq", "up", "int4_fp8_linear"),
+        ("quest-hadamard", "up", "int4_int8_linear"),
+        ("quest-hadamard", "down", "hadamard_int4_linear"),
+    ],
 )
-def test_inspect_says_which_implementation_runs(run, quantized, recipe: str, op: str, monkeypatch):
+def test_inspect_says_which_implementation_runs(run, quantized, recipe, linear, op, monkeypatch):
     data = json.loads(run("inspect", quantized(recipe), "--json"))
-    entry = data["modules"]["model.layers.0.mlp.up_proj"]
+    entry = data["modules"][f"model.layers.0.mlp.{linear}_proj"]
     assert (entry["op"], entry["decode"], entry["prefill"]) == (op, "cpu", "cpu")
     assert sum(e["bytes"] for e in data["modules"].values()) + data["kept_bytes"] == data["bytes"]
     monkeypatch.setenv("QUANTKIT_BACKEND", "reference")

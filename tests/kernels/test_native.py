@@ -153,7 +153,7 @@ def test_quantizers_equal_their_references(shape, dtype) -> None:
 def test_float8_of_every_bf16_value() -> None:
     every = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16).float()
     x = torch.cat((every[every.isfinite()].clamp(-448, 448), torch.tensor([448.0])))[None]
-    found = rows.quantize(x, rows.FLOAT8, -448.0, 448.0)
+    found = rows.quantize(x, rows.FLOAT8, -448.0, 448.0, 448.0)
     assert found is not None
     assert found[1].item() == 1.0
     assert torch.equal(found[0].view(torch.uint8), x.to(torch.float8_e4m3fn).view(torch.uint8))

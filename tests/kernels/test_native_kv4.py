@@ -89,8 +89,8 @@ def test_rotation(k, block, dtype, relative_error) -> None:
     expected = hadamard.reference(x.float(), block)
     bound = 1e-6 if dtype == torch.float32 else 3e-3
     assert relative_error(native_hadamard.rotate(x, block), expected) < bound
-    codes, scale = native_hadamard.rotate_and_quantize(x, block, rows.INTEGER, -128, 127)
+    codes, scale = native_hadamard.rotate_and_quantize(x, block, rows.INTEGER, -127, 127, 127.0)
     assert relative_error(codes.float() * scale, expected) < 0.02
-    wanted, wanted_scale = rows.quantize(expected, rows.INTEGER, -128, 127)
+    wanted, wanted_scale = rows.quantize(expected, rows.INTEGER, -127, 127, 127.0)
     torch.testing.assert_close(scale, wanted_scale, rtol=1e-5, atol=0)
     assert (codes != wanted).float().mean() < 0.01

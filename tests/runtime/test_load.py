@@ -81,8 +81,8 @@ def _rounded(x: torch.Tensor, scheme) -> torch.Tensor:
     top = x.abs().amax(-1, keepdim=True)
     if acts.type == "float":
         return (x / top * 448).float().to(torch.float8_e4m3fn).double() * top / 448
-    largest = 2 ** (acts.bits - 1) - 1
-    return (x / top * largest).round() * top / largest
+    steps, last = {4: (7.5, 7), 8: (127, 127)}[acts.bits]
+    return (x / top * steps).round().clamp(-last, last) * top / steps
 
 
 @pytest.mark.parametrize("recipe", ["int4", "fireq", "quest-hadamard"])
