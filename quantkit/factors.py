@@ -15,7 +15,7 @@ from quantkit.methods import crossquant, fireq, rounding, smoothing
 from quantkit.methods.hadamard import rotate
 from quantkit.models.groups import InputGroup
 from quantkit.recipe import Recipe, Weights
-from quantkit.runtime.activations import round_activation
+from quantkit.runtime.activations import quantize_activation, round_activation
 from quantkit.solve import weight_scale
 
 # Outputs of each linear, about, on which factors of its inputs are compared: 256 find as good ones in the bundled model.
@@ -88,8 +88,8 @@ def zero_fractions(
     rows = stats.rows
     folded = rows if factor is None else rows / factor
     return {
-        "per_token": crossquant.zero_fraction(rows, crossquant.per_token_scale(rows, acts.bits)),
-        "folded": crossquant.zero_fraction(folded, crossquant.per_token_scale(folded, acts.bits)),
+        "per_token": crossquant.zero_fraction(rows, quantize_activation(rows, acts)[1]),
+        "folded": crossquant.zero_fraction(folded, quantize_activation(folded, acts)[1]),
         "dynamic": crossquant.zero_fraction(
             rows, crossquant.dynamic_scale(rows, acts.bits, _PAPER_ALPHA)
         ),

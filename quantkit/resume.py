@@ -28,7 +28,7 @@ from quantkit.plan import Plan
 from quantkit.ranks import Ranks
 
 # Of the state's form and meaning.
-_VERSION = 3
+_VERSION = 4
 
 
 def describe_run(

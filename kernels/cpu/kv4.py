@@ -10,7 +10,7 @@ import torch
 from . import native
 
 _DTYPES = (torch.bfloat16, torch.float32)
-# Queries of a key head from which expanding keys and values once, for torch's attention, is faster.
+# Queries of a key head from which expanding keys and values once, for attention of a prompt, is faster.
 MOST_ROWS = 32
 _WIDEST = 1024  # head_dim that the C++ has room for
 

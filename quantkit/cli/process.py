@@ -1,4 +1,4 @@
-"""The process of the `quantkit` command: at its begin and its end Python itself takes a second or two, which none needs."""
+"""The process of the `quantkit` command: at its begin and its end Python itself takes a second and more, which none needs."""
 
 from __future__ import annotations
 

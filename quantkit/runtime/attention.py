@@ -84,8 +84,6 @@ def quantkit_attention(
     are those of `kv4_attention`; only `PackedAttention` gives them. With `fresh_prompts` keys and values
     that come in 16 bits are taken as they are.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     observer = getattr(module, "key_observer", None)
     if observer is not None:
         observer(query, key, value)
@@ -103,22 +101,9 @@ def quantkit_attention(
         # Calibration: what is multiplied here is rounded as in the products around it.
         query = query.to(torch.get_autocast_dtype(kind))
     if quantizer is None:
-        output = None
-        if attention_mask is None and _is_plain(module, kwargs):
-            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            output = _attend_prompt(query, key, value, scaling)
-        if output is None:
-            output, _ = sdpa_attention_forward(
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=dropout,
-                scaling=scaling,
-                **kwargs,
-            )
-        return output, None
+        return _attend_unpacked(
+            module, query, key, value, attention_mask, scaling, dropout=dropout, **kwargs
+        ), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if key.dtype != torch.uint8:
         if quantizer.fresh_prompts:
@@ -142,6 +127,27 @@ def quantkit_attention(
         planar=planar,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _attend_unpacked(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    **settings: Any,
+) -> torch.Tensor:
+    """Attention as transformers' own `sdpa` gives it, [B, T, H, D], over keys and values that are not packed."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if mask is None and _is_plain(module, settings):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        found = _attend_prompt(query, key, value, scaling)
+        if found is not None:
+            return found
+    output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **settings)
+    return output
 
 
 def _is_plain(module: Any, settings: dict[str, Any]) -> bool:

@@ -154,7 +154,7 @@ def share_as_alone(
     codes, scale = quantize_activation(torch.cat([x, largest], -1), linear.input_form)
     output = linear.product(Quantized(codes[..., :-1].contiguous(), scale), torch.float32)
     output = output if bias is None else output + bias
-    return (over_ranks(output, "SUM").to(x.dtype) / ranks).to(x.dtype)
+    return over_ranks(output, "SUM").to(x.dtype) / ranks
 
 
 @torch.library.custom_op("quantkit::over_ranks", mutates_args=())
@@ -162,7 +162,7 @@ def over_ranks(x: torch.Tensor, how: str) -> torch.Tensor:
     """The largest (MAX) or the sum (SUM) of the ranks' tensors, added up in float32."""
     found = x.to(torch.float32, copy=True)
     _all_reduce(found, how)
-    return found.to(x.dtype, copy=True)
+    return found.to(x.dtype)
 
 
 @over_ranks.register_fake
