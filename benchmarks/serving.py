@@ -1,6 +1,7 @@
 """Many requests in a row against `quantkit serve`, and transformers' own logits beside ours.
 
     python benchmarks/serving.py llama-fireq --requests 1000 --native llama-int4 --output serving.json
+    python benchmarks/serving.py llama-crossquant-w4a4 --requests 0 --native llama-crossquant-w4a4
 
 Fails where a request fails, or where the server's memory grows by 5 % or more after the first hundred. The server and its client need
 `pip install 'quantkit[serving]'`, the logits compressed-tensors.
@@ -29,7 +30,7 @@ _PROMPTS = ("In the beginning", "And it came to pass", "Blessed is the man", "Th
 
 def main(
     model: Annotated[str, typer.Argument(help="A folder that quantkit wrote.")],
-    requests: Annotated[int, typer.Option(help="In a row.")] = 1000,
+    requests: Annotated[int, typer.Option(help="In a row; 0 serves nothing.")] = 1000,
     tokens: Annotated[int, typer.Option(help="Of each answer, at most.")] = 16,
     native: Annotated[
         str | None,
@@ -39,13 +40,14 @@ def main(
 ) -> None:
     """Serve, ask, and look at the server's memory."""
     report: dict[str, Any] = {"model": model, "requests": requests, "tokens": tokens}
-    report |= _serve(model, requests, tokens)
+    if requests:
+        report |= _serve(model, requests, tokens)
     if native is not None:
         report["log-probabilities"] = {"model": native} | _logits(native)
     typer.echo(json.dumps(report, indent=2))
     if output is not None:
         output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    if report["failed"] or report["growth"] >= _GROWTH:
+    if requests and (report["failed"] or report["growth"] >= _GROWTH):
         raise typer.Exit(1)
 
 
@@ -103,8 +105,11 @@ def _resident(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _logits(model: str) -> dict[str, float]:
-    """Differences of log-probabilities on the bundled sample, stock transformers against quantkit.load."""
+def _logits(model: str) -> dict[str, Any]:
+    """Log-probabilities on the bundled sample, stock transformers' against quantkit.load's.
+
+    Each beside itself with the eager attention, too: what another order of the same sums does.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.quantizers import auto
@@ -117,24 +122,35 @@ def _logits(model: str) -> dict[str, float]:
 
     path = find_model(model)
     tokens = tokenize(load_tokenizer(path), read_text("sample", split="test"))[: 8 * 256]
+    tokens = tokens.view(8, 256)
     # As where quantkit was not imported.
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = CompressedTensorsConfig
-    found = {}
+
+    @torch.no_grad()
+    def scores(loaded: Any) -> torch.Tensor:
+        return loaded(tokens, use_cache=False).logits.float().log_softmax(-1)
+
+    def compare(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
+        same = (a.argmax(-1) == b.argmax(-1)).float().mean()
+        return {"mean difference": float((a - b).abs().mean()), "same token": float(same)}
+
+    def perplexity(found: torch.Tensor) -> float:
+        return float(found[:, :-1].gather(-1, tokens[:, 1:, None]).mean().neg().exp())
+
+    found: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        outputs = []
-        for loaded in (
-            AutoModelForCausalLM.from_pretrained(path, dtype=dtype),
-            quantkit.load(path, dtype=dtype),
-        ):
-            with torch.no_grad():
-                logits = loaded(tokens.view(8, 256), use_cache=False).logits
-            outputs.append(logits.float().log_softmax(-1))
-        difference = (outputs[0] - outputs[1]).abs()
         name = str(dtype).removeprefix("torch.")
-        found[f"{name} mean"] = float(difference.mean())
-        found[f"{name} same token"] = float(
-            (outputs[0].argmax(-1) == outputs[1].argmax(-1)).float().mean()
-        )
+        outputs = {}
+        for way, load in (
+            ("transformers", AutoModelForCausalLM.from_pretrained),
+            ("quantkit", quantkit.load),
+        ):
+            loaded = load(path, dtype=dtype)
+            outputs[way] = scores(loaded)
+            loaded.set_attn_implementation("eager")
+            found[f"{name}, {way} and itself"] = compare(outputs[way], scores(loaded))
+            found[f"{name}, {way}, perplexity"] = perplexity(outputs[way])
+        found[f"{name}, transformers and quantkit"] = compare(*outputs.values())
     return found
 
 

@@ -31,7 +31,7 @@ from quantkit.formats.writer import save_tensors
 from quantkit.models.names import bundled_path
 from quantkit.models.tokenizer import load_tokenizer
 from quantkit.recipe import recipe_names
-from quantkit.servers import NATIVE, REFUSED, VLLM_CPU
+from quantkit.servers import NATIVE, REFUSED, TRANSFORMERS, VLLM_CPU
 
 CLIENT = Path(__file__).parent / "openai_client.py"
 # Every row of the table in docs/serving.md.
@@ -40,6 +40,8 @@ WEIGHT_ONLY = {"int4", "gptq", "gptq-refined"}
 WINDOWS, SEQLEN = 8, 500
 # Mean absolute difference of log-probabilities; share of positions whose likeliest token is the same.
 WEIGHT_BAR, ACTIVATION_BAR, GREEDY_BAR = 0.02, 0.08, 0.95
+# How much further transformers alone may be from quantkit.load than that is from itself with its sums in another order.
+ROUNDING = 1.25
 # Share of the perplexity, at the most.
 WEIGHTS_LOSE = 0.02
 
@@ -137,13 +139,18 @@ def agree(run: Run) -> None:
         found = compare(served, own)
         row: dict[str, Any] = {"load": found, "own": spread, "log": [line for line in said if line]}
         report = json.loads((folder / "quantkit" / "report.json").read_text())
-        if report["servers"]["transformers"].startswith("native"):
-            row["transformers"] = compare(served, native_scores(folder, run.texts))
+        if report["servers"][TRANSFORMERS].startswith(NATIVE):
+            native = native_scores(folder, run.texts)
+            row |= {"transformers": compare(served, native), "native": compare(own, native)}
         run.note("agree", recipe, **row)
-        if recipe in WEIGHT_ONLY:
-            apart = row["transformers"]["difference"]
-            run.demand(apart <= WEIGHT_BAR, f"{recipe}: {apart} from transformers alone")
         run.demand_close(recipe, found)
+        if "native" in row:
+            run.demand_close(recipe, row["transformers"], ", beside transformers alone")
+            apart, order = row["native"]["difference"], spread["difference"]
+            run.demand(
+                apart <= ROUNDING * order,
+                f"{recipe}: transformers alone {apart} from quantkit, bf16 rounds by {order}",
+            )
 
 
 def float32(run: Run) -> None:

@@ -35,6 +35,7 @@ _INSTALL = {
 }
 
 _HALF_CACHE = "keys and values in 16 bits"
+_OTHER_CODES = "other codes of negative maxima"
 _EXPORT = "`quantkit export` writes what it takes"
 
 # Kind of checkpoint -> what each of SERVERS does with its linears, without quantkit. The kinds are those of `_kind`.
@@ -70,8 +71,14 @@ def who_serves(schemes: dict[str, Scheme], kv_cache: KVFormat | None) -> dict[st
         if server == VLLM_CPU and _of_experts(schemes):
             stock = REFUSED  # vLLM 0.32 has such kernels with AMX alone, and dies of the INT4 one
         how = _with_quantkit(server, stock, schemes, kv_cache)
-        found[server] = _words(server, how, stock, kv_cache)
+        found[server] = _words(server, how, _notes(server, stock, schemes, kv_cache))
     return found
+
+
+def _rounds_otherwise(schemes: dict[str, Scheme]) -> bool:
+    """Activations whose codes compressed-tensors leaves to the last bit of a row's largest number (`quantize_int8`)."""
+    activations = (scheme.activations for scheme in schemes.values())
+    return any(a and a.type == "int" and a.bits < 8 for a in activations)
 
 
 def _has_byte_experts(schemes: dict[str, Scheme]) -> bool:
@@ -90,7 +97,8 @@ def _with_quantkit(
     if server == SGLANG:
         return stock
     if server == TRANSFORMERS:
-        return PLUGIN if stock == REFUSED or kv_cache else NATIVE
+        alone = stock == NATIVE and not kv_cache and not _rounds_otherwise(schemes)
+        return NATIVE if alone else PLUGIN
     try:
         choices = choices_for(schemes, _VLLM[server])
     except QuantkitError:
@@ -100,10 +108,20 @@ def _with_quantkit(
     return PLUGIN if kv_cache or any(choice.kernel == OURS for choice in choices) else NATIVE
 
 
-def _words(server: str, how: str, stock: str, kv_cache: KVFormat | None) -> str:
+def _notes(
+    server: str, stock: str, schemes: dict[str, Scheme], kv_cache: KVFormat | None
+) -> tuple[str, list[str]]:
+    """What the server does without quantkit, and what goes with it."""
     notes = ["activations in 16 bits"] if stock == WEIGHTS_ONLY else []
+    if server == TRANSFORMERS and stock == NATIVE and _rounds_otherwise(schemes):
+        notes.append(_OTHER_CODES)
     if kv_cache and stock != REFUSED:
         notes.append(_HALF_CACHE)
+    return stock, notes
+
+
+def _words(server: str, how: str, without: tuple[str, list[str]]) -> str:
+    stock, notes = without
     if how in (PLUGIN, EMULATED):
         alone = " with ".join([stock, " and ".join(notes)]) if notes else stock
         return f"{how}: {_INSTALL[server]}; without it, {alone}"

@@ -48,6 +48,18 @@ def test_transformers_stacks_no_experts_of_bytes():
     assert who_serves({name: packed}, None)["transformers"] == "native"
 
 
+def test_int4_activations_are_not_transformers_own():
+    """Its codes of negative maxima are undecided, whatever the weights have."""
+    for bits in (3, 4):
+        said = who_serves({"a": Scheme(WeightFormat(bits, 128), ActivationFormat(4))}, None)
+        assert said["transformers"].startswith("plugin")
+        assert said["transformers"].endswith("native with other codes of negative maxima")
+        assert "maxima" not in said["SGLang"]
+    for activations in (None, ActivationFormat(8), ActivationFormat(8, "float")):
+        said = who_serves({"a": Scheme(WeightFormat(4, 128), activations)}, None)
+        assert said["transformers"] == "native"
+
+
 @pytest.mark.parametrize("server", [VLLM_CPU, VLLM_HOPPER, VLLM_GPU])
 def test_experts_under_vllm(server: str):
     """On a CPU by quantkit, which brings no fused experts to GPUs."""
