@@ -47,6 +47,7 @@ RUNS: list[tuple[str, list[str]]] = [
     ("quest-hadamard-offline", []),
     ("quest-hadamard-w4a4", []),
     ("quest-hadamard-w4a4kv4", []),
+    ("quest-hadamard-w8a8", []),
 ]
 SEQLEN = 512
 

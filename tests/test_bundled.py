@@ -84,6 +84,7 @@ LIMITS = {
     "quest-hadamard": (1.012, 1.012),
     "quest-hadamard-offline": (1.012, 1.012),
     "quest-hadamard-w4a4": (1.035, 1.035),
+    "quest-hadamard-w8a8": (1.001, 1.001),
 }
 
 

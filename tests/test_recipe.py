@@ -34,6 +34,7 @@ def test_every_recipe_of_the_package_resolves(structure, linears):
         "quest-hadamard-offline",
         "quest-hadamard-w4a4",
         "quest-hadamard-w4a4kv4",
+        "quest-hadamard-w8a8",
     ]
     for name in recipe_names():
         assert len(Recipe.load(name).resolve(structure, linears)) == (0 if name == "kv4" else 14)

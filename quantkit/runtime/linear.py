@@ -14,12 +14,13 @@ from quantkit.kernels import gpu_layout, int4pack
 from quantkit.kernels.dispatch import Op, runs_triton
 from quantkit.kernels.hadamard import hadamard
 from quantkit.kernels.hadamard_int4_linear import hadamard_int4_linear
+from quantkit.kernels.hadamard_quantize import hadamard_quantize
 from quantkit.kernels.int4_fp8_linear import int4_fp8_linear
 from quantkit.kernels.int4_int8_linear import int4_int8_linear
 from quantkit.kernels.int4_linear import int4_linear
 from quantkit.kernels.int8_linear import int8_linear
 from quantkit.kernels.wide_linear import wide_linear
-from quantkit.runtime.activations import Quantized, quantize_activation
+from quantkit.runtime.activations import Quantized, form_name, quantize_activation
 
 _DTYPES = {"I32": torch.int32, "I64": torch.int64, "I8": torch.int8, "BF16": torch.bfloat16}
 
@@ -141,11 +142,13 @@ class QuantLinear(nn.Module):
         if self.op is hadamard_int4_linear:
             assert acts is not None
             return (x, self.packed, self.weight_scale, bias, acts.bits, scheme.rotation)
-        if scheme.rotation:
-            x = hadamard(x, scheme.rotation)
         if acts is None:
+            x = hadamard(x, scheme.rotation) if scheme.rotation else x
             return (x, self.packed, self.weight_scale, bias)
-        codes, scale = quantize_activation(x, acts)
+        if scheme.rotation:
+            codes, scale = hadamard_quantize(x, form_name(acts), acts.bits, scheme.rotation)
+        else:
+            codes, scale = quantize_activation(x, acts)
         half = (True,) if scheme.weights.half else ()
         return (codes, scale, self.packed, self.weight_scale, bias, x.dtype, *half)
 

@@ -55,7 +55,7 @@ def test_importing_quantkit_imports_neither_torch_nor_transformers():
     [
         *(("fireq", "llama"), ("crossquant", "qwen2"), ("quest-hadamard", "qwen3")),
         *(("int4", "mistral"), ("kv4", "llama"), ("quest-hadamard-w4a4", "llama")),
-        ("quest-hadamard-w4a4kv4", "llama"),
+        *(("quest-hadamard-w4a4kv4", "llama"), ("quest-hadamard-w8a8", "llama")),
     ],
 )
 def test_it_is_what_load_gives(quantized, recipe: str, model_type: str):

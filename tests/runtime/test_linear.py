@@ -17,6 +17,8 @@ SCHEMES = [
         (32, False, ActivationFormat(8), None),
         (None, False, ActivationFormat(8), None),
         (128, False, ActivationFormat(8, "float"), None),
+        (128, False, ActivationFormat(8, "float"), 128),
+        (None, False, ActivationFormat(8), 128),
         (128, True, ActivationFormat(bits, half=True), 128),
         (128, True, ActivationFormat(8, half=True), 384),
         (None, True, ActivationFormat(8, half=True), None),
