@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,51 +92,27 @@ def quantize(
     memory.keep_bounded()
     if isinstance(recipe, str):
         recipe = Recipe.load(recipe, overrides)
-    if calib is None:
-        calib = recipe.calibration.source
-    elif samples is None:
-        samples = named_samples(calib)
-    check_sources(calib)
+    request = _Request.of(model, recipe, calib, samples, seqlen, seed, trust_remote_code)
     where = ranks.device(find_device(device))
-    for name, value in (("samples", samples), ("seqlen", seqlen)):
-        if value is not None and value < (1 if name == "samples" else 2):
-            raise QuantkitError(
-                f"--{name} {value}: at least {1 if name == 'samples' else 2} is needed"
-            )
-    plan = make_plan(
-        model, recipe, samples=samples, seqlen=seqlen, trust_remote_code=trust_remote_code
-    )
-    if seqlen is not None and seqlen > plan.structure.max_positions:
-        raise QuantkitError(
-            f"--seqlen {seqlen}: the model was made for at most {plan.structure.max_positions} tokens"
-        )
+    plan = request.plan(recipe)
     tell = progress or (lambda done, total, what: None)
     allocation = None
     target = find_target(target_bits, target_size)
     if target is not None:
         choice = widths_for(recipe, widths)
         check_target(plan, target, choice)
-        few = min(SAMPLES, samples or recipe.calibration.samples)
-        text = _calibration(plan, calib, few, seqlen, seed, trust_remote_code)
+        text = request.blocks(plan, at_most=SAMPLES)
         recipe, allocation = allocate(plan, target, text, choice, where, tell, ranks)
-        # Measuring has used the skeleton up.
-        plan = make_plan(
-            model, recipe, samples=samples, seqlen=seqlen, trust_remote_code=trust_remote_code
-        )
+        plan = request.plan(recipe)  # measuring has used the skeleton up
     on_disk = choose_offload(plan.estimate, offload, where, plan.smaller, ranks.on_this_machine)
     path = Path(output) if output is not None else default_output(model, recipe)
-
-    def calibration() -> CalibrationSet | None:
-        if not recipe.needs_calibration:
-            return None
-        return _calibration(plan, calib, samples, seqlen, seed, trust_remote_code)
 
     def unchanged() -> dict[str, Any] | None:
         clear_up(path)
         earlier = None if overwrite else finished_report(path)
         if earlier is None:
             return None
-        run = describe_run(plan, calibration(), seed, where)
+        run = describe_run(plan, request.text(plan), seed, where)
         same = earlier.get("run") == digest(run)
         return earlier | {"output": str(path), "unchanged": True} if same else None
 
@@ -148,7 +125,7 @@ def quantize(
             check_disk(path, plan.estimate.disk_bytes + activations)
         else:
             check_disk(Path(tempfile.gettempdir()), activations // ranks.size)
-        data = calibration()
+        data = request.text(plan)
         run = describe_run(plan, data, seed, where)
         check_alike(run, ranks)
         state = RunState(folder, ranks.leaders(folder.begin(run) if folder else None))
@@ -162,6 +139,68 @@ def quantize(
                 report = complete(plan, data, folder, state, more, trust_remote_code, tell)
         report = ranks.leaders(report)
     return report | {"output": str(path)}
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be quantized and with which text, as it was asked for."""
+
+    model: str
+    calib: str
+    samples: int | None
+    seqlen: int | None
+    seed: int
+    trust_remote_code: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        recipe: Recipe,
+        calib: str | None,
+        samples: int | None,
+        seqlen: int | None,
+        seed: int,
+        trust_remote_code: bool,
+    ) -> _Request:
+        """With what the recipe or the mixture says where nothing was asked for."""
+        if calib is None:
+            calib = recipe.calibration.source
+        elif samples is None:
+            samples = named_samples(calib)
+        check_sources(calib)
+        for name, value, least in (("samples", samples, 1), ("seqlen", seqlen, 2)):
+            if value is not None and value < least:
+                raise QuantkitError(f"--{name} {value}: at least {least} is needed")
+        return cls(model, calib, samples, seqlen, seed, trust_remote_code)
+
+    def plan(self, recipe: Recipe) -> Plan:
+        plan = make_plan(
+            self.model,
+            recipe,
+            samples=self.samples,
+            seqlen=self.seqlen,
+            trust_remote_code=self.trust_remote_code,
+        )
+        longest = plan.structure.max_positions
+        if self.seqlen is not None and self.seqlen > longest:
+            raise QuantkitError(
+                f"--seqlen {self.seqlen}: the model was made for at most {longest} tokens"
+            )
+        return plan
+
+    def text(self, plan: Plan) -> CalibrationSet | None:
+        """The calibration blocks, where the recipe needs some."""
+        return self.blocks(plan) if plan.recipe.needs_calibration else None
+
+    def blocks(self, plan: Plan, at_most: int | None = None) -> CalibrationSet:
+        """As many calibration blocks as were asked for, or `at_most` so many."""
+        settings = plan.recipe.calibration
+        samples = self.samples or settings.samples
+        samples = samples if at_most is None else min(at_most, samples)
+        length = self.seqlen or min(settings.seqlen, plan.structure.max_positions)
+        tokenizer = load_tokenizer(plan.checkpoint.path, trust_remote_code=self.trust_remote_code)
+        return calibration_blocks(tokenizer, self.calib, samples, length, self.seed)
 
 
 def _output_folder(plan: Plan, path: Path, overwrite: bool) -> OutputFolder:
@@ -288,17 +327,3 @@ def _round_layers(plan: Plan, folder: OutputFolder, state: RunState, tell: Progr
         folder.end_of_layer()
         state.done = number + 1
         state.save({}, Activations(folder.work))
-
-
-def _calibration(
-    plan: Plan,
-    calib: str,
-    samples: int | None,
-    seqlen: int | None,
-    seed: int,
-    trust_remote_code: bool,
-) -> CalibrationSet:
-    settings = plan.recipe.calibration
-    length = seqlen or min(settings.seqlen, plan.structure.max_positions)
-    tokenizer = load_tokenizer(plan.checkpoint.path, trust_remote_code=trust_remote_code)
-    return calibration_blocks(tokenizer, calib, samples or settings.samples, length, seed)
