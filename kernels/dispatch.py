@@ -2,8 +2,7 @@
 
 `reference` is plain torch and defines the op, `cpu` uses torch's native CPU ops, `triton` is a
 kernel for NVIDIA GPUs. Each op is registered as `torch.ops.quantkit.<name>` with a fake
-implementation, so that torch.compile and CUDA graphs treat it as one opaque node. Where nobody watches or records, a
-call does without torch's dispatcher, which takes a third of a decode step's call on a CPU.
+implementation, so that torch.compile and CUDA graphs treat it as one opaque node.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ BACKENDS = ("reference", "cpu", "triton")
 ENV = "QUANTKIT_BACKEND"
 
 _LIBRARY = torch.library.Library("quantkit", "FRAGMENT")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def interpreting() -> bool:
@@ -71,9 +69,7 @@ class Op:
         self.__doc__ = reference.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _is_watched() or not _are_plain(args, kwargs):
-            return self._overload(*args, **kwargs)
-        return self._run(*args, **kwargs)
+        return self._overload(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"Op({self.name})"
@@ -123,27 +119,6 @@ class Op:
             if self._triton_supports is not None and not self._triton_supports(*args, **kwargs):
                 return "the kernel does not support these shapes or dtypes"
         return None
-
-
-def _is_watched() -> bool:
-    """Whether something follows the ops of this thread: autograd, a compiler, a tracer, a mode, functorch, a profiler."""
-    return bool(
-        torch.compiler.is_compiling()  # first: dynamo follows no further
-        or torch.is_grad_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
-    )
-
-
-def _are_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the tensors have numbers, and are of no class that wants to see ops on it."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor) and (type(value) not in _PLAIN or value.is_meta):
-            return False
-    return True
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -69,7 +69,8 @@ def _weight_args(scheme: Scheme) -> dict[str, Any]:
         args |= {"strategy": "group", "group_size": weights.group_size}
     else:
         args |= {"strategy": "channel"}
-    if (weights.bits, scheme.activations is None) not in ((4, True), (8, False)):
+    everywhere = (weights.bits, scheme.activations is None) in ((4, True), (8, False))
+    if not everywhere or requirements({"": scheme}):
         # Not every vLLM has this scheme. Nothing reads it of weights that are packed already; the line in which vLLM says
         # that it has no such scheme shows it.
         args["observer_kwargs"] = {"needs": _HOW_TO_SERVE}

@@ -143,23 +143,30 @@ class QuantLinear(nn.Module):
             assert acts is not None
             return (x, self.packed, self.weight_scale, bias, acts.bits, scheme.rotation)
         if acts is None:
-            x = hadamard(x, scheme.rotation) if scheme.rotation else x
-            return (x, self.packed, self.weight_scale, bias)
-        if scheme.rotation:
-            codes, scale = hadamard_quantize(x, form_name(acts), acts.bits, scheme.rotation)
-        else:
-            codes, scale = quantize_activation(x, acts)
+            return (self._rotated(x), self.packed, self.weight_scale, bias)
+        codes, scale = self._quantized(x, acts)
         half = (True,) if scheme.weights.half else ()
         return (codes, scale, self.packed, self.weight_scale, bias, x.dtype, *half)
+
+    def _rotated(self, x: torch.Tensor) -> torch.Tensor:
+        rotation = self.scheme.rotation
+        return x if rotation is None else hadamard(x, rotation)
+
+    def _quantized(
+        self, x: torch.Tensor, form: ActivationFormat
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scale of the input, rotated in float32 where it is."""
+        rotation = self.scheme.rotation
+        if rotation is None:
+            return quantize_activation(x, form)
+        return hadamard_quantize(x, form_name(form), form.bits, rotation)
 
     def _values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What `wide_linear` takes first: the codes' values and step, or the input itself and None."""
         acts = self.scheme.activations
-        if self.scheme.rotation:
-            x = hadamard(x, self.scheme.rotation)
         if acts is None:
-            return x, None
-        codes, step = quantize_activation(x, acts)
+            return self._rotated(x), None
+        codes, step = self._quantized(x, acts)
         # An e4m3 number, and n + 1/2 of up to eight bits, are exact in bf16.
         values = codes.to(torch.float32 if x.dtype == torch.float32 else torch.bfloat16)
         return values + 0.5 if acts.half else values, step

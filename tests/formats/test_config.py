@@ -89,6 +89,21 @@ def test_golden_schemes(scheme, form, weights, activations):
     assert (acts["strategy"], acts["dynamic"], acts["symmetric"]) == ("token", True, True)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "told"),
+    [
+        *((W4A16, False), (W8A8, False), (W4A8_FP8, True), (QUEST, True)),
+        (Scheme(WeightFormat(8, None), ActivationFormat(8), rotation=128), True),
+        (Scheme(WeightFormat(4, 128), rotation=128), True),
+        (Scheme(WeightFormat(3, 128)), True),
+    ],
+)
+def test_what_not_every_vllm_has_names_the_package(scheme, told):
+    """vLLM's own refusal prints the group's weights."""
+    group = build_quantization_config({"m": scheme}, [], None, {})["config_groups"]["group_0"]
+    assert ("quantkit[vllm]" in str(group["weights"])) == told
+
+
 def test_what_it_says_is_what_is_read_back():
     schemes = {"a": W4A16, "b": W8A8, "c": QUEST, "d": W4A8_FP8, "e": W4A16}
     config = build_quantization_config(

@@ -19,6 +19,7 @@ SCHEMES = [
         (128, False, ActivationFormat(8, "float"), None),
         (128, False, ActivationFormat(8, "float"), 128),
         (None, False, ActivationFormat(8), 128),
+        (128, False, ActivationFormat(4), 128),
         (128, True, ActivationFormat(bits, half=True), 128),
         (128, True, ActivationFormat(8, half=True), 384),
         (None, True, ActivationFormat(8, half=True), None),
@@ -64,8 +65,8 @@ def read(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     top = x.abs().amax(-1, keepdim=True)
     if acts.type == "float":
         return (x / top * 448).float().to(torch.float8_e4m3fn).double() * top / 448
-    largest = 2 ** (acts.bits - 1) - 1
-    return (x / top * largest).round() * top / largest
+    largest, steps = 2 ** (acts.bits - 1) - 1, 127 if acts.bits == 8 else 7.5
+    return (x / top * steps).round().clamp(-largest, largest) * top / steps
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -104,3 +105,15 @@ def test_in_bf16(bits: int):
     got = linear(x)
     assert got.dtype == torch.bfloat16
     assert float((got.double() - want).norm() / want.norm()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "scheme", [s for s in SCHEMES if s.rotation and s.activations and s.activations.bits == 8], ids=str
+)  # fmt: skip
+def test_a_rotated_input_is_rounded_once(scheme: Scheme):
+    """To codes, not to bf16 before; what is left is the output's own rounding, and codes at an edge."""
+    linear, weight = linear_of(scheme)
+    x = torch.randn(64, COLUMNS, generator=torch.Generator().manual_seed(1)).bfloat16()
+    linear.prepare()
+    want = read(x, scheme) @ weight.T + linear.bias
+    assert float((linear(x).double() - want).norm() / want.norm()) < 4e-3
