@@ -99,7 +99,12 @@ DEFAULTS = {
 def read_chapters() -> list[str]:
     """The Bible as one string per chapter: a heading, a blank line, one verse per line."""
     command = ["bible", "-f", "gen1:1-rev22:21"]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    try:
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        typer.echo(f"error: {command[0]}: {error}; install Debian's bible-kjv package", err=True)
+        raise typer.Exit(2) from None
+    lines = text.splitlines()
     books = iter(BOOKS.split("|"))
     chapters: list[list[str]] = []
     book = abbreviation = chapter = ""

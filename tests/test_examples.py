@@ -98,3 +98,13 @@ def test_train_small_model(tmp_path: Path, monkeypatch, kind: str, capsys):
         line for line in capsys.readouterr().out.splitlines() if "held-out perplexity" in line
     ]
     assert float(losses[-1].rpartition(" ")[2]) < 3000
+
+
+def test_train_small_model_without_its_text(tmp_path: Path, monkeypatch, capsys):
+    main = main_of("train_small_model")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(typer.Exit) as exited:
+        main(main.__globals__["Kind"].opt, tmp_path / "out", evaluate=False)
+    assert exited.value.exit_code == 2
+    assert "install Debian's bible-kjv package" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
