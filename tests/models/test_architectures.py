@@ -35,7 +35,7 @@ QUICK = [("opt", "crossquant"), ("gemma3", "fireq"), ("mixtral", "quest-hadamard
 
 
 # What a user is told to set where a recipe is refused.
-SETTINGS = ("kv_cache=null", "rotation={block: 128}")
+SETTINGS = ("kv_cache=null", "rotation={block: 128}", "rotation=null")
 
 
 def settings_for(variant: str, recipe: str) -> list[str] | None:
