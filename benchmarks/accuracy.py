@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py --peers-python /path/to/env/bin/python [--peers-python ...] [MODEL...]
     python benchmarks/accuracy.py --only '*w4a16*' --only int4         some of them, added to what is there
+    python benchmarks/accuracy.py --only 'quantkit gptq*' --set rotation=null ...       ours with a setting, rows of their own
     python benchmarks/accuracy.py --seconds-only                       time and memory again, accuracy as it is
     python benchmarks/accuracy.py --accuracy-only --seeds 0,1,2        the other way round: beside other work
     python benchmarks/accuracy.py --seconds-only random-1b --samples 4 of a generated model
@@ -81,15 +82,15 @@ class Job:
     command: Command
 
 
-def our_jobs(samples: int) -> list[Job]:
-    """Every recipe; those with quantized keys and values also without, to stand beside peers of the same format."""
+def our_jobs(samples: int, settings: list[str]) -> list[Job]:
+    """Every recipe with some settings; those with quantized keys and values also without, to stand beside peers of the same format."""
     jobs = []
     for recipe in recipe_names():
-        variants = [[]]
+        variants = [settings]
         if quantkit.Recipe.load(recipe).kv_cache:
-            variants.append(["kv_cache=null"])
-        for settings in variants:
-            words = [w for setting in settings for w in ("--set", setting)]
+            variants.append([*settings, "kv_cache=null"])
+        for variant in variants:
+            words = [w for setting in variant for w in ("--set", setting)]
 
             def command(
                 source: Path,
@@ -345,6 +346,9 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["llama"], help="folders, hub ids or `llama`")
     parser.add_argument("--peers-python", action="append", default=[], metavar="PATH")
     parser.add_argument("--only", action="append", metavar="GLOB", help="of names in the table")
+    parser.add_argument(
+        "--set", action="append", default=[], help="of each of our recipes, as in quantize"
+    )
     parser.add_argument("--seeds", default="0", help="of the calibration data, comma-separated")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="blocks of calibration data")
     parser.add_argument("--no-outliers", action="store_true", help="the models as they are alone")
@@ -357,7 +361,7 @@ def main() -> None:
         patterns = args.only or ["*"]
         jobs = [
             job
-            for job in peer_jobs(args.peers_python) + our_jobs(args.samples)
+            for job in peer_jobs(args.peers_python) + our_jobs(args.samples, args.set)
             if any(fnmatch.fnmatch(job.name, pattern) for pattern in patterns)
         ]
         with tempfile.TemporaryDirectory() as name:

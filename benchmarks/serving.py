@@ -106,51 +106,27 @@ def _resident(pid: int) -> int:
 
 
 def _logits(model: str) -> dict[str, Any]:
-    """Log-probabilities on the bundled sample, stock transformers' against quantkit.load's.
+    """Log-probabilities of the bundled sample's tokens, transformers' alone beside quantkit.load's.
 
     Each beside itself with the eager attention, too: what another order of the same sums does.
     """
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.quantizers import auto
-    from transformers.utils.quantization_config import CompressedTensorsConfig
+    from vllm_serving import compare, model_scores, native_model, windows
 
-    import quantkit
-    from quantkit.calibration.data import read_text, tokenize
+    from quantkit import load
     from quantkit.models.names import find_model
-    from quantkit.models.tokenizer import load_tokenizer
 
-    path = find_model(model)
-    tokens = tokenize(load_tokenizer(path), read_text("sample", split="test"))[: 8 * 256]
-    tokens = tokens.view(8, 256)
-    # As where quantkit was not imported.
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = CompressedTensorsConfig
-
-    @torch.no_grad()
-    def scores(loaded: Any) -> torch.Tensor:
-        return loaded(tokens, use_cache=False).logits.float().log_softmax(-1)
-
-    def compare(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
-        same = (a.argmax(-1) == b.argmax(-1)).float().mean()
-        return {"mean difference": float((a - b).abs().mean()), "same token": float(same)}
-
-    def perplexity(found: torch.Tensor) -> float:
-        return float(found[:, :-1].gather(-1, tokens[:, 1:, None]).mean().neg().exp())
-
+    path, texts = find_model(model), windows()
     found: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        outputs = {}
-        for way, load in (
-            ("transformers", AutoModelForCausalLM.from_pretrained),
-            ("quantkit", quantkit.load),
-        ):
-            loaded = load(path, dtype=dtype)
-            outputs[way] = scores(loaded)
+        scores = []
+        for way, loader in (("transformers", native_model), ("quantkit", load)):
+            loaded: Any = loader(path, dtype=dtype)
+            scores.append(model_scores(loaded, texts))
             loaded.set_attn_implementation("eager")
-            found[f"{name}, {way} and itself"] = compare(outputs[way], scores(loaded))
-            found[f"{name}, {way}, perplexity"] = perplexity(outputs[way])
-        found[f"{name}, transformers and quantkit"] = compare(*outputs.values())
+            found[f"{name}, {way} and itself"] = compare(scores[-1], model_scores(loaded, texts))
+        found[f"{name}, transformers and quantkit"] = compare(*scores)
     return found
 
 

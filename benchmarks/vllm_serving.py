@@ -58,8 +58,8 @@ def model_scores(model: Any, texts: torch.Tensor) -> Scores:
     return scores.gather(-1, texts[:, 1:, None])[..., 0], scores.argmax(-1)
 
 
-def native_scores(folder: Path, texts: torch.Tensor) -> Scores:
-    """Those of transformers with compressed-tensors, as where quantkit was not imported."""
+def native_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model of transformers with compressed-tensors, as where quantkit was not imported."""
     from transformers import AutoModelForCausalLM
     from transformers.quantizers import auto
     from transformers.utils.quantization_config import CompressedTensorsConfig
@@ -67,10 +67,9 @@ def native_scores(folder: Path, texts: torch.Tensor) -> Scores:
     ours = auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = CompressedTensorsConfig
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     finally:
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = ours
-    return model_scores(model, texts)
 
 
 def compare(a: Scores, b: Scores) -> dict[str, float]:
@@ -140,7 +139,7 @@ def agree(run: Run) -> None:
         row: dict[str, Any] = {"load": found, "own": spread, "log": [line for line in said if line]}
         report = json.loads((folder / "quantkit" / "report.json").read_text())
         if report["servers"][TRANSFORMERS].startswith(NATIVE):
-            native = native_scores(folder, run.texts)
+            native = model_scores(native_model(folder), run.texts)
             row |= {"transformers": compare(served, native), "native": compare(own, native)}
         run.note("agree", recipe, **row)
         run.demand_close(recipe, found)

@@ -92,7 +92,11 @@ def quantize(
     memory.keep_bounded()
     if isinstance(recipe, str):
         recipe = Recipe.load(recipe, overrides)
-    request = _Request.of(model, recipe, calib, samples, seqlen, seed, trust_remote_code)
+    if calib is None:
+        calib = recipe.calibration.source
+    elif samples is None:
+        samples = named_samples(calib)
+    request = _Request(model, calib, samples, seqlen, seed, trust_remote_code)
     where = ranks.device(find_device(device))
     plan = request.plan(recipe)
     tell = progress or (lambda done, total, what: None)
@@ -152,27 +156,11 @@ class _Request:
     seed: int
     trust_remote_code: bool
 
-    @classmethod
-    def of(
-        cls,
-        model: str,
-        recipe: Recipe,
-        calib: str | None,
-        samples: int | None,
-        seqlen: int | None,
-        seed: int,
-        trust_remote_code: bool,
-    ) -> _Request:
-        """With what the recipe or the mixture says where nothing was asked for."""
-        if calib is None:
-            calib = recipe.calibration.source
-        elif samples is None:
-            samples = named_samples(calib)
-        check_sources(calib)
-        for name, value, least in (("samples", samples, 1), ("seqlen", seqlen, 2)):
+    def __post_init__(self) -> None:
+        check_sources(self.calib)
+        for name, value, least in (("samples", self.samples, 1), ("seqlen", self.seqlen, 2)):
             if value is not None and value < least:
                 raise QuantkitError(f"--{name} {value}: at least {least} is needed")
-        return cls(model, calib, samples, seqlen, seed, trust_remote_code)
 
     def plan(self, recipe: Recipe) -> Plan:
         plan = make_plan(

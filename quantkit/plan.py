@@ -13,7 +13,7 @@ from quantkit.formats.scheme import Scheme
 from quantkit.memory import no_collection
 from quantkit.models.files import ModelCheckpoint, check_complete
 from quantkit.models.names import find_model
-from quantkit.models.rotating import WITHOUT, ResidualBasis, check_values, residual_basis
+from quantkit.models.rotating import ResidualBasis, check_values, residual_basis
 from quantkit.models.sizes import check_sizes
 from quantkit.models.structure import Structure, build_skeleton, find_structure, load_config
 from quantkit.recipe import Recipe
@@ -187,22 +187,24 @@ def find_basis(
     """What a recipe turns the residual stream into.
 
     Raises:
-        QuantkitError: the recipe wants rotations in the weights that this structure cannot take.
+        QuantkitError: the recipe wants rotations in the weights that this structure cannot take; with the setting
+            that goes without them.
     """
     rotation = recipe.rotation
     if rotation is None:
         return None
-    # A recipe that rotates nothing at run time is for servers that cannot.
-    instead = (
-        "--set 'rotation={block: 128}' rotates each input at run time instead"
-        if rotation.online
-        else WITHOUT
-    )
-    basis = (
-        residual_basis(skeleton, structure, where, instead=instead) if rotation.residual else None
-    )
-    if rotation.values:
-        check_values(structure, where, instead)
+    try:
+        basis = residual_basis(skeleton, structure, where) if rotation.residual else None
+        if rotation.values:
+            check_values(structure, where)
+    except QuantkitError as error:
+        # A recipe that rotates nothing at run time is for servers that cannot.
+        instead = (
+            "--set 'rotation={block: 128}' rotates each input at run time instead"
+            if rotation.online
+            else "--set rotation=null goes without"
+        )
+        raise QuantkitError(f"{error}; {instead}") from None
     return basis
 
 

@@ -70,8 +70,9 @@ def who_serves(schemes: dict[str, Scheme], kv_cache: KVFormat | None) -> dict[st
             stock = REFUSED
         if server == VLLM_CPU and _of_experts(schemes):
             stock = REFUSED  # vLLM 0.32 has such kernels with AMX alone, and dies of the INT4 one
-        how = _with_quantkit(server, stock, schemes, kv_cache)
-        found[server] = _words(server, how, _notes(server, stock, schemes, kv_cache))
+        notes = _notes(server, stock, schemes, kv_cache)
+        how = _with_quantkit(server, stock, notes, schemes, kv_cache)
+        found[server] = _words(server, how, stock, notes)
     return found
 
 
@@ -91,14 +92,17 @@ def _of_experts(schemes: dict[str, Scheme]) -> set[Scheme]:
 
 
 def _with_quantkit(
-    server: str, stock: str, schemes: dict[str, Scheme], kv_cache: KVFormat | None
+    server: str,
+    stock: str,
+    notes: list[str],
+    schemes: dict[str, Scheme],
+    kv_cache: KVFormat | None,
 ) -> str:
     """What the server does with quantkit beside it."""
     if server == SGLANG:
         return stock
     if server == TRANSFORMERS:
-        alone = stock == NATIVE and not kv_cache and not _rounds_otherwise(schemes)
-        return NATIVE if alone else PLUGIN
+        return NATIVE if stock == NATIVE and not notes else PLUGIN
     try:
         choices = choices_for(schemes, _VLLM[server])
     except QuantkitError:
@@ -110,18 +114,17 @@ def _with_quantkit(
 
 def _notes(
     server: str, stock: str, schemes: dict[str, Scheme], kv_cache: KVFormat | None
-) -> tuple[str, list[str]]:
-    """What the server does without quantkit, and what goes with it."""
+) -> list[str]:
+    """What else the server does otherwise where quantkit is not beside it."""
     notes = ["activations in 16 bits"] if stock == WEIGHTS_ONLY else []
     if server == TRANSFORMERS and stock == NATIVE and _rounds_otherwise(schemes):
         notes.append(_OTHER_CODES)
     if kv_cache and stock != REFUSED:
         notes.append(_HALF_CACHE)
-    return stock, notes
+    return notes
 
 
-def _words(server: str, how: str, without: tuple[str, list[str]]) -> str:
-    stock, notes = without
+def _words(server: str, how: str, stock: str, notes: list[str]) -> str:
     if how in (PLUGIN, EMULATED):
         alone = " with ".join([stock, " and ".join(notes)]) if notes else stock
         return f"{how}: {_INSTALL[server]}; without it, {alone}"

@@ -243,17 +243,17 @@ def _matrices(
 def builds() -> Iterator[Build]:
     """The widths of Llama-3-8B and the widest row; alone and quantized, narrow and wide blocks.
 
-    Of FP8 and INT8 what recipes rotate online: INT8 of a down_proj.
+    Of FP8 and INT8 only narrow blocks: INT8 also as wide as a down_proj, which a recipe rotates.
     """
     signature = {
         "inner": "*bf16", "across": "*bf16", "scales": "*fp32", "K": "i32", "x_stride": "i64",
         "NORM": "fp32", "LEVELS": "fp32", "FACTOR": "fp32",
     }  # fmt: skip
+    few = {FORMS["fp8"]: (4096,), FORMS["int8"]: (4096, 14336)}
     for k in (4096, 14336, 32768):
         for wide in (False, True):
             for form in (_PLAIN, *FORMS.values()):
-                few = {FORMS["fp8"]: (4096,), FORMS["int8"]: (4096, 14336)}.get(form)
-                if few and (wide or k not in few):
+                if form in few and (wide or k not in few[form]):
                     continue
                 pair = wide and k > _WIDEST
                 if form != _PLAIN and pair:

@@ -27,8 +27,6 @@ from quantkit.models.structure import Structure
 
 # Rows of an embedding or head that are rotated at a time.
 _ROWS = 8192
-# What a recipe can do with a structure that takes no rotation in its weights.
-WITHOUT = "--set rotation=null goes without"
 _RESIDUAL_CHILDREN = {"embed_tokens", "layers", "norm", "rotary_emb"}
 
 
@@ -126,12 +124,9 @@ class TurnedTensor:
 
 
 def residual_basis(
-    model: nn.Module, structure: Structure, where: str, seed: int = 0, *, instead: str = WITHOUT
+    model: nn.Module, structure: Structure, where: str, seed: int = 0
 ) -> ResidualBasis:
     """The new basis of a model built by `build_skeleton`: one block as wide as the stream, where there is one.
-
-    Args:
-        instead: the setting with which the recipe goes without, for the error.
 
     Raises:
         QuantkitError: something other than embedding, layers and a plain final norm touches the residual stream.
@@ -147,7 +142,7 @@ def residual_basis(
     if others or norm is None or not _is_rms_norm(norm) or type(head) is not nn.Linear or not plain:
         raise QuantkitError(
             f"{where}: rotation.residual needs embedding, layers, a plain RMS norm and a linear head; this "
-            f"{structure.architecture} is built otherwise; {instead}"
+            f"{structure.architecture} is built otherwise"
         )
     width = int(embedding.weight.shape[1])
     return ResidualBasis(
@@ -195,13 +190,13 @@ def value_block(structure: LayerStructure) -> int:
     return widest_block(structure.attention.head_dim)
 
 
-def check_values(structure: Structure, where: str, instead: str = WITHOUT) -> None:
-    """Raise QuantkitError, with the setting that goes without, where value heads cannot be rotated in the weights."""
+def check_values(structure: Structure, where: str) -> None:
+    """Raise QuantkitError where value heads cannot be rotated in the weights."""
     for layer in structure.kinds:
         try:
             _value_heads(layer)
         except LookupError as error:
-            raise QuantkitError(f"{where}: rotation.values: {error}; {instead}") from None
+            raise QuantkitError(f"{where}: rotation.values: {error}") from None
 
 
 def turned_tensors(structure: Structure, basis: ResidualBasis | None, values: bool) -> set[str]:

@@ -114,5 +114,5 @@ def test_a_stream_that_something_else_touches_is_refused():
     model = build_skeleton(make_config("llama"), "m")
     structure = find_structure(model, "m")
     model.model.norm = nn.LayerNorm(256)
-    with pytest.raises(QuantkitError, match=r"rotation\.residual needs .*--set rotation=null"):
+    with pytest.raises(QuantkitError, match=r"rotation\.residual needs .* is built otherwise"):
         residual_basis(model, structure, "m")
