@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -297,6 +298,19 @@ def test_debug_shows_the_traceback(run: Run):
     assert "Traceback" in stderr
     assert "find_model" in stderr
     assert stderr.splitlines()[-1].startswith("error: nothing: no such model")
+
+
+def test_interrupted_within_an_exec(tmp_path: Path):
+    """Python of its own accord would end by the signal."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import quantkit.cli.main as m\nm.app = lambda **_: exec('raise KeyboardInterrupt')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "quantkit", "recipes"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stderr.startswith("error: interrupted")
+    assert done.returncode == 130
 
 
 def test_interrupted(tiny, text: Path, tmp_path: Path):
