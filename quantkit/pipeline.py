@@ -24,7 +24,7 @@ from quantkit.calibration.curvature import output_curvature, read_root
 from quantkit.calibration.data import CalibrationSet, calibration_blocks
 from quantkit.calibration.sources import check_sources, named_samples
 from quantkit.calibration.stream import LayerStream
-from quantkit.device import find_device, product_dtype
+from quantkit.device import find_device
 from quantkit.errors import QuantkitError
 from quantkit.estimate import check_disk, choose_offload
 from quantkit.finish import RECIPE_FILE, Progress, complete, summary
@@ -35,7 +35,7 @@ from quantkit.plan import Plan, default_output, make_plan
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe
 from quantkit.resume import RunState, check_alike, describe_run, digest, finished_report
-from quantkit.step import run_layer
+from quantkit.step import narrow_products, run_layer
 
 
 def quantize(
@@ -233,7 +233,8 @@ def _quantize_layers(
             done=state.done,
             basis=plan.basis,
             ranks=ranks,
-            products=_products(plan, device),
+            # Refinement compares what the layers give in finer steps than those of narrow products.
+            products=torch.float32 if plan.recipe.refine else narrow_products(plan, device),
         )
     measured = _measure_curvature(plan, data, device, folder, state, store, ranks)
     for number in _unfinished(plan, state, tell):
@@ -287,18 +288,6 @@ def _curvature_of(
     root = read_root(folder.work, number) if folder else torch.empty(width, width)
     ranks.leaders_tensor(root)
     return root
-
-
-def _products(plan: Plan, device: torch.device) -> torch.dtype:
-    """The type of the products in layers that calibration text runs through.
-
-    Narrow only where the model's own will be; and not for refinement, which descends on differences finer than that.
-    """
-    stored = plan.checkpoint.tensors.values()
-    sixteen = sum(info.bytes for info in stored if info.dtype in ("BF16", "F16"))
-    if plan.recipe.refine or 2 * sixteen <= plan.checkpoint.bytes:
-        return torch.float32
-    return product_dtype(device, min((s.weights.bits for s in plan.schemes.values()), default=16))
 
 
 def _unfinished(plan: Plan, state: RunState, tell: Progress) -> Iterator[int]:

@@ -174,9 +174,9 @@ class Refine(_Strict):
     learn too; `curvature`: weigh errors by what they cost the model's predictions, else all alike.
     """
 
-    steps: int = Field(default=160, gt=0)
+    steps: int = Field(default=480, gt=0)
     blocks: int = Field(default=1, gt=0)
-    rate: float = Field(default=0.01, gt=0, le=1)
+    rate: float = Field(default=0.005, gt=0, le=1)
     norms: bool = True
     curvature: bool = True
 

@@ -31,14 +31,14 @@ from quantkit.runtime.activations import round_activation
 from quantkit.solve import Solved, store_scale
 
 # Share of the blocks that nothing is learned from: they say which step was the best, the start among them.
-_HELD_OUT = 0.125
+_HELD_OUT = 1 / 16
 # How often they are asked.
 _CHECKS = 4
 _BLOCKS_PER_CHECK = 4
-# Adam's, for few steps: the mean of the squares must settle within tens of them.
-_BETAS = (0.9, 0.95)
+# Adam's, for few steps: the mean of the squares must settle within a hundred of them.
+_BETAS = (0.9, 0.99)
 # The rate of scales and norms (relative changes), as a share of that of offsets (in units of a level).
-_SCALE_RATE = 0.1
+_SCALE_RATE = 0.05
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Task:
         inputs: what the quantized layers before it give, float32 [samples, seqlen, width].
         targets: what the original model has at the layer's output, likewise.
         root: float32 [width, width], see calibration/curvature.py, or None: the relative squared error then.
+        products: the type in which the steps multiply matrices; what is held out is always measured in float32.
         first: the number of this process's first block.
         ranks: the processes that the blocks are split over; losses and gradients are over all of them.
     """
@@ -58,6 +59,7 @@ class Task:
     inputs: Tensor
     targets: Tensor
     root: Tensor | None = None
+    products: torch.dtype = torch.float32
     first: int = 0
     ranks: Ranks = ALONE
 
@@ -95,7 +97,9 @@ class Task:
         own = self.own(blocks)
         found: list[Tensor | None] = [None] * len(parameters)
         if len(own):
-            loss = self.loss(own, device) * (len(own) / len(blocks))
+            narrow = self.products != torch.float32
+            with torch.autocast(device.type, self.products, enabled=narrow):
+                loss = self.loss(own, device) * (len(own) / len(blocks))
             found = [*torch.autograd.grad(loss, parameters, allow_unused=True)]
         reached = torch.tensor([gradient is not None for gradient in found], dtype=torch.int32)
         self.ranks.total(reached)

@@ -10,6 +10,7 @@ import torch
 
 from quantkit.calibration.observe import Watched, observe
 from quantkit.calibration.stream import LayerStream
+from quantkit.device import product_dtype
 from quantkit.errors import QuantkitError
 from quantkit.formats.packed import packed_tensors
 from quantkit.formats.writer import OutputFolder
@@ -76,6 +77,15 @@ def run_layer(
                 stream.advance(layer, number, reference.blocks if last else None)
             result.report["output_error"] = reference.error(before, stream.hidden)
     return result
+
+
+def narrow_products(plan: Plan, device: torch.device) -> torch.dtype:
+    """The type of products that only calibrate: narrow where the model's own will be, and its weights hide it."""
+    stored = plan.checkpoint.tensors.values()
+    sixteen = sum(info.bytes for info in stored if info.dtype in ("BF16", "F16"))
+    if 2 * sixteen <= plan.checkpoint.bytes:
+        return torch.float32
+    return product_dtype(device, min((s.weights.bits for s in plan.schemes.values()), default=16))
 
 
 def _calibrate(
@@ -172,6 +182,7 @@ def _refine(
             stream.hidden,
             stream.hidden_reference,
             curvature,
+            narrow_products(plan, stream.device),
             stream.first,
             ranks,
         ),

@@ -252,7 +252,7 @@ def test_what_was_calibrated_is_what_is_loaded(
     tiny, text: Path, tmp_path: Path, monkeypatch, settings, products, median, mean
 ):
     """Calibration's outputs of each layer are those of the packed model that is loaded afterwards."""
-    from quantkit import pipeline
+    from quantkit import pipeline, step
     from quantkit.runtime.load import load
 
     seen: list[torch.Tensor] = []
@@ -267,7 +267,7 @@ def test_what_was_calibrated_is_what_is_loaded(
             seen.append(self.hidden.clone())
 
     monkeypatch.setattr(pipeline, "LayerStream", Spy)
-    monkeypatch.setattr(pipeline, "product_dtype", lambda device, bits: products)
+    monkeypatch.setattr(step, "product_dtype", lambda device, bits: products)
     recipe = (
         Recipe.load("fireq")
         if settings == ("extends fireq",)

@@ -1,10 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import make_model
 
-from quantkit import load, pipeline, quantize
+from quantkit import load, quantize, step
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat
 from quantkit.layer import simulate
@@ -80,6 +81,23 @@ def test_a_refined_layer_is_nearer_to_the_original(name: str):
         assert torch.equal(weight, weight.bfloat16().float())
 
 
+def test_narrow_products_are_for_the_steps_alone():
+    """They learn as much; what is held out, which says what is kept, is measured in float32."""
+    layer, solved, task = quantized_layer(SCHEMES["w4a16"])
+    schemes = dict.fromkeys(solved, SCHEMES["w4a16"])
+    seen: set[tuple[bool, bool]] = set()
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        seen.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return task.forward(hidden)
+
+    narrow = replace(task, forward=forward, products=torch.bfloat16)
+    settings = Refine(steps=24, blocks=4, rate=0.02)
+    _, figures = refine_layer(layer, solved, schemes, (), torch.float32, narrow, settings)
+    assert seen == {(True, True), (False, False)}
+    assert figures["after"] < 0.99 * figures["before"]
+
+
 def test_what_helps_nothing_is_not_kept():
     """Steps far too large: the start is the best, and it stays as it was."""
     layer, solved, task = quantized_layer(SCHEMES["w4a16"])
@@ -127,7 +145,7 @@ def test_the_whole_job_with_refinement(
     recipe: str, kind: str, tiny, text: Path, tmp_path: Path, monkeypatch
 ):
     # As refinement has it: what it starts from is then what there is without it.
-    monkeypatch.setattr(pipeline, "product_dtype", lambda device, bits: torch.float32)
+    monkeypatch.setattr(step, "product_dtype", lambda device, bits: torch.float32)
     settings = ['refine={"steps": 24}', "calibration={samples: 8, seqlen: 64}"]
     for name, more in (("plain", ["refine=null"]), ("a", []), ("b", [])):
         report = quantize(

@@ -33,6 +33,7 @@ _SOURCES = (
     "kv4_attention.cpp",
     "kv4_pack.cpp",
     "prompt_attention.cpp",
+    "prompt_attention_backward.cpp",
     "rounding.cpp",
     "rows.cpp",
 )
@@ -84,6 +85,13 @@ _ARGUMENTS = {
         *(POINTER, SIZE, SIZE, SIZE, POINTER, POINTER, INT, FLOAT, FLOAT, FLOAT, POINTER, INT),
     ],
     "round": [POINTER, SIZE, SIZE, SIZE, POINTER, FLOAT, FLOAT, FLOAT, POINTER, POINTER, INT],
+    "round_with_offset": [
+        *(POINTER, SIZE, SIZE, SIZE, POINTER, POINTER, FLOAT, FLOAT, FLOAT, POINTER, INT),
+    ],
+    "round_with_offset_backward": [
+        *(POINTER, SIZE, SIZE, SIZE, POINTER, POINTER, POINTER, FLOAT, FLOAT, FLOAT),
+        *(POINTER, POINTER, INT),
+    ],
     "quantize_rows": [POINTER, INT, SIZE, SIZE, SIZE, *_QUANTIZER, POINTER, POINTER, INT],
     "norm_quantize": [
         *(POINTER, INT, SIZE, SIZE, SIZE, POINTER, SIZE, POINTER, FLOAT, *_QUANTIZER),
@@ -95,7 +103,11 @@ _ARGUMENTS = {
     ],
     "hessian": [POINTER, SIZE, SIZE, SIZE, SIZE, POINTER, POINTER, INT],
     "prompt_attention": [
-        *(POINTER, POINTER, POINTER, POINTER, FLOAT, SIZE, POINTER, POINTER, INT),
+        *(POINTER, POINTER, POINTER, POINTER, FLOAT, SIZE, POINTER, POINTER, POINTER, INT),
+    ],
+    "prompt_attention_backward": [
+        *(POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, FLOAT, SIZE),
+        *(POINTER, POINTER, POINTER, POINTER, INT),
     ],
     "kv4_quantize": [POINTER, INT, POINTER, POINTER, POINTER, INT, POINTER, INT],
     "kv4_dequantize": [POINTER, POINTER, POINTER, INT, POINTER, INT, INT],

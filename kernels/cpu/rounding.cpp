@@ -1,5 +1,5 @@
 // Offline: GPTQ's columns within a block, sixteen rows of the weight at a time; the search of clipping ratios; rounding
-// to nearest.
+// to nearest; rounding with learned offsets, and its gradients.
 
 #include <algorithm>
 #include <cstdlib>
@@ -74,6 +74,34 @@ void round_group(const float* x, int64_t size, float scale, const Grid& grid, in
     }
     *lost += _mm512_reduce_add_ps(errors);
     *total += _mm512_reduce_add_ps(squares);
+}
+
+// The level of x / scale + offset, in units of the scale; `ratio` is x / scale, `inside` which lanes the range does not cut.
+inline __m512 offset_level(__m512 x, __m512 scale, __m512 offset, const Grid& grid, __m512* ratio, __mmask16* inside) {
+    *ratio = _mm512_div_ps(x, scale);
+    __m512 code = _mm512_add_ps(*ratio, offset);
+    code = grid.shift != 0 ? _mm512_roundscale_ps(code, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)
+                           : _mm512_roundscale_ps(code, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 cut = _mm512_min_ps(_mm512_max_ps(code, _mm512_set1_ps(grid.low)), _mm512_set1_ps(grid.high));
+    *inside = _mm512_cmp_ps_mask(code, cut, _CMP_EQ_OQ);
+    return _mm512_add_ps(cut, _mm512_set1_ps(grid.shift));
+}
+
+// The gradients of one group of `size` numbers with respect to their offsets; returns that with respect to their scale.
+float offset_gradients(const float* x, int64_t size, float scale, const float* offset, const float* gradient,
+                       const Grid& grid, float* by_offset) {
+    const __m512 step = _mm512_set1_ps(scale);
+    __m512 sum = _mm512_setzero_ps(), ratio;
+    for (int64_t k = 0; k < size; k += kLanes) {
+        const __mmask16 mask = left(k, size);
+        const __m512 given = _mm512_maskz_loadu_ps(mask, gradient + k);
+        __mmask16 inside;
+        const __m512 level = offset_level(_mm512_maskz_loadu_ps(mask, x + k), step,
+                                          _mm512_maskz_loadu_ps(mask, offset + k), grid, &ratio, &inside);
+        sum = _mm512_fmadd_ps(given, _mm512_mask_sub_ps(level, inside, level, ratio), sum);
+        _mm512_mask_storeu_ps(by_offset + k, mask, _mm512_maskz_mul_ps(inside, given, step));
+    }
+    return _mm512_reduce_add_ps(sum);
 }
 
 // The scale with the least squared error of one group of `size` numbers.
@@ -158,5 +186,41 @@ extern "C" void quantkit_round(const float* weight, int64_t rows, int64_t groups
             round_group(weight + group * size, size, scale[group], grid, codes + group * size, &lost, &total);
         sums[2 * row] = lost;
         sums[2 * row + 1] = total;
+    }
+}
+
+// weight, offset, value float [rows, groups * size], scale float [rows, groups].
+extern "C" void quantkit_round_with_offset(const float* weight, int64_t rows, int64_t groups, int64_t size,
+                                           const float* scale, const float* offset, float low, float high,
+                                           float shift, float* value, int threads) {
+    const Grid grid{low, high, shift};
+    threads = useful_threads(threads, rows, groups * size);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t group = 0; group < rows * groups; ++group) {
+        const __m512 step = _mm512_set1_ps(scale[group]);
+        for (int64_t k = 0; k < size; k += kLanes) {
+            const __mmask16 mask = left(k, size);
+            const int64_t at = group * size + k;
+            __m512 ratio;
+            __mmask16 inside;
+            const __m512 level = offset_level(_mm512_maskz_loadu_ps(mask, weight + at), step,
+                                              _mm512_maskz_loadu_ps(mask, offset + at), grid, &ratio, &inside);
+            _mm512_mask_storeu_ps(value + at, mask, _mm512_mul_ps(level, step));
+        }
+    }
+}
+
+// The same with the gradient of `value`: by_offset as offset, by_scale as scale.
+extern "C" void quantkit_round_with_offset_backward(const float* weight, int64_t rows, int64_t groups, int64_t size,
+                                                    const float* scale, const float* offset, const float* gradient,
+                                                    float low, float high, float shift, float* by_offset,
+                                                    float* by_scale, int threads) {
+    const Grid grid{low, high, shift};
+    threads = useful_threads(threads, rows, groups * size);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t group = 0; group < rows * groups; ++group) {
+        const int64_t at = group * size;
+        by_scale[group] = offset_gradients(weight + at, size, scale[group], offset + at, gradient + at, grid,
+                                           by_offset + at);
     }
 }

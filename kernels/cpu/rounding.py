@@ -116,3 +116,69 @@ def round_to_nearest(
         *(low, high, shift, codes.data_ptr(), sums.data_ptr(), torch.get_num_threads()),
     )
     return codes, sums
+
+
+def round_with_offset(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    low: int,
+    high: int,
+    shift: float,
+) -> torch.Tensor | None:
+    """The values of the nearest codes of weight / scale + offset; None where they cannot be had.
+
+    Args:
+        weight, offset: float32 [N, K].
+        scale: float32 [N, G].
+        low, high, shift: as `gptq_block`.
+
+    Returns:
+        float32 [N, K].
+    """
+    library = native.library()
+    if library is None or not _plain(weight, scale, offset):
+        return None
+    rows, groups = scale.shape
+    value = torch.empty_like(weight)
+    library.quantkit_round_with_offset(
+        *(weight.data_ptr(), rows, groups, weight.shape[1] // max(groups, 1), scale.data_ptr()),
+        *(offset.data_ptr(), low, high, shift, value.data_ptr(), torch.get_num_threads()),
+    )
+    return value
+
+
+def round_with_offset_backward(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    gradient: torch.Tensor,
+    low: int,
+    high: int,
+    shift: float,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Gradients of `round_with_offset`, rounding counted as the identity; None where they cannot be had.
+
+    Args:
+        gradient: of the values, float32 [N, K]; the others as there.
+
+    Returns:
+        (of the offsets float32 [N, K], of the scales float32 [N, G]).
+    """
+    library = native.library()
+    if library is None or not _plain(weight, scale, offset, gradient):
+        return None
+    rows, groups = scale.shape
+    by_offset, by_scale = torch.empty_like(offset), torch.empty_like(scale)
+    library.quantkit_round_with_offset_backward(
+        *(weight.data_ptr(), rows, groups, weight.shape[1] // max(groups, 1), scale.data_ptr()),
+        *(offset.data_ptr(), gradient.data_ptr(), low, high, shift),
+        *(by_offset.data_ptr(), by_scale.data_ptr(), torch.get_num_threads()),
+    )
+    return by_offset, by_scale
+
+
+def _plain(*tensors: torch.Tensor) -> bool:
+    return all(
+        t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
+    )

@@ -49,7 +49,7 @@ class LayerStream:
         hidden_reference: the same of the original layers, or None.
         first: the number of this process's first sample.
         batches: how many there are, of all processes.
-        products: as given.
+        device, products: as given.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class LayerStream:
         self._checkpoint = checkpoint
         self._structure = structure
         self._layers: Any = skeleton.get_submodule(structure.layers)
-        self._device = device
+        self.device = device
         # Batch size -> what each layer is called with: some models make masks and biases for each sequence.
         self._calls: dict[int, list[LayerCall]] = {}
         self._store = store or Activations(Path())
@@ -109,14 +109,14 @@ class LayerStream:
         base: Any = skeleton.base_model
         embedding = base.get_input_embeddings()
         name = next(n for n, m in skeleton.named_modules() if m is embedding)
-        with outside(skeleton, self._structure.layers, value, self._device):
+        with outside(skeleton, self._structure.layers, value, self.device):
             for first in range(0, len(tokens), self._batch):
                 batch = tokens[first : first + self._batch]
                 if done and len(batch) in self._calls:
                     continue
                 embedded = _rows(embedding, self._checkpoint, name, batch)
                 hidden, calls = layer_calls(
-                    skeleton, self._structure.layers, embedded.to(self._device)
+                    skeleton, self._structure.layers, embedded.to(self.device)
                 )
                 self._calls.setdefault(len(batch), calls)
                 if self._basis is not None:
@@ -132,7 +132,7 @@ class LayerStream:
                     self.hidden[first : first + len(batch)] = hidden.to(self.hidden.device)
                     self._store.release()
             if 1 not in self._calls:
-                embedded = _rows(embedding, self._checkpoint, name, tokens[:1]).to(self._device)
+                embedded = _rows(embedding, self._checkpoint, name, tokens[:1]).to(self.device)
                 self._calls[1] = layer_calls(skeleton, self._structure.layers, embedded)[1]
 
     @contextmanager
@@ -159,7 +159,7 @@ class LayerStream:
         layer: nn.Module = self._layers[number]
         prefix = f"{self._structure.layers}.{number}."
         state = {
-            name: self._checkpoint.read(prefix + name, finite=True).to(self._device, torch.float32)
+            name: self._checkpoint.read(prefix + name, finite=True).to(self.device, torch.float32)
             for name, _ in layer.named_parameters()
         }
         layer.load_state_dict(state, strict=True, assign=True)
@@ -170,7 +170,7 @@ class LayerStream:
     def forward(self, layer: nn.Module, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """A layer's outputs for some blocks of inputs [blocks, seqlen, width]."""
         if hidden.shape[0] in self._calls:
-            hidden = hidden.to(self._device)
+            hidden = hidden.to(self.device)
             try:
                 return self._calls[hidden.shape[0]][number].run(layer, hidden)
             except Enough:
@@ -198,7 +198,7 @@ class LayerStream:
         narrow = self.products != torch.float32
         for first in range(0, hidden.shape[0], self._batch):
             cut = watched is not None and first >= outputs and watched.may_end_early()
-            with torch.autocast(self._device.type, self.products, enabled=narrow):
+            with torch.autocast(self.device.type, self.products, enabled=narrow):
                 output = self.forward(layer, number, hidden[first : first + self._batch])
             if not cut:
                 sink(first, output.float())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.kernels.cpu import rounding as native
 from quantkit.methods.rounding import Grid
 
 
@@ -43,6 +44,9 @@ class _Rounding(torch.autograd.Function):
     def forward(ctx: Any, target: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> Tensor:
         ctx.save_for_backward(target, scale, offset)
         ctx.grid = grid
+        value = native.round_with_offset(target, scale, offset, *grid.codes, grid.shift)
+        if value is not None:
+            return value
         shape = (*scale.shape, target.shape[1] // scale.shape[1])
         level, _, _ = _levels(target.view(shape), scale[..., None], offset.view(shape), grid)
         return level.mul_(scale[..., None]).view(target.shape)
@@ -50,10 +54,17 @@ class _Rounding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, None]:
         target, scale, offset = ctx.saved_tensors
+        grid = ctx.grid
+        found = native.round_with_offset_backward(
+            target, scale, offset, gradients[0].contiguous(), *grid.codes, grid.shift
+        )
+        if found is not None:
+            by_offset, by_scale = found
+            return None, by_scale, by_offset, None
         shape = (*scale.shape, target.shape[1] // scale.shape[1])
         wide, gradient = scale[..., None], gradients[0].reshape(shape)
         # Computed again rather than kept: a layer's levels are as large as its weights.
-        level, ratio, inside = _levels(target.view(shape), wide, offset.view(shape), ctx.grid)
+        level, ratio, inside = _levels(target.view(shape), wide, offset.view(shape), grid)
         by_scale = (gradient * level.sub_(ratio.mul_(inside))).sum(-1)
         by_offset = (gradient * inside).mul_(wide).view(target.shape)
         return None, by_scale, by_offset, None
