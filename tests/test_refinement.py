@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_models import make_model
 
-from quantkit import load, quantize, step
+from quantkit import load, pipeline, quantize, step
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat
 from quantkit.layer import simulate
@@ -168,3 +168,27 @@ def test_the_whole_job_with_refinement(
     with torch.no_grad():
         logits = load(tmp_path / "a")(torch.arange(30)[None]).logits
     assert bool(torch.isfinite(logits).all())
+
+
+def test_where_products_are_narrow(tiny, text: Path, tmp_path: Path, monkeypatch):
+    """Those that are learned from, in a run that refines; what goes from layer to layer stays in float32."""
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    run, refine = step.run_layer, step.refine_layer
+
+    def spy_run(plan, stream, *rest):
+        seen.append((stream.products, stream.products))
+        return run(plan, stream, *rest)
+
+    def spy_refine(layer, solved, schemes, norms, dtype, task, settings):
+        seen[-1] = (seen[-1][0], task.products)
+        return refine(layer, solved, schemes, norms, dtype, task, settings)
+
+    monkeypatch.setattr(pipeline, "run_layer", spy_run)
+    monkeypatch.setattr(step, "refine_layer", spy_refine)
+    monkeypatch.setattr(step, "product_dtype", lambda device, bits: torch.bfloat16)
+    for steps in ("null", "{steps: 2}"):
+        settings = [f"refine={steps}", "calibration={samples: 4, seqlen: 32}"]
+        out = tmp_path / steps[1:5]
+        quantize(str(tiny("llama")), "gptq-refined", out, calib=str(text), overrides=settings)
+    wide, narrow = torch.float32, torch.bfloat16
+    assert seen == [(narrow, narrow)] * 2 + [(wide, narrow)] * 2
