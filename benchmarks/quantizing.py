@@ -3,12 +3,14 @@
     python benchmarks/quantizing.py
 
 Hessians of 2,048 tokens: float32 products by torch, and rounded ones (ours, or oneDNN's where it has them). Rounding a piece
-of a weight to INT4 in groups of 128, with the errors it makes. Causal attention of a prompt in bf16. Results go to benchmarks/results/quantizing.json.
+of a weight to INT4 in groups of 128, with the errors it makes; rounding with learned offsets, forwards and backwards. Causal
+attention of a prompt in bf16, and with its gradients. Results go to benchmarks/results/quantizing.json.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -22,6 +24,7 @@ from quantkit import memory
 from quantkit.bench.timing import Run, compare
 from quantkit.methods import rounding
 from quantkit.methods.gptq import accumulate_hessian
+from quantkit.methods.learned_rounding import round_with_offset
 from quantkit.plain import ELEMENTS
 
 RESULTS = Path(__file__).parent / "results" / "quantizing.json"
@@ -50,32 +53,64 @@ def round_piece() -> dict[str, Run]:
     }
 
 
-def attention(samples: int, tokens: int, heads: int, kv_heads: int, dim: int) -> dict[str, Run]:
-    query, key, value = (
-        torch.randn(samples, tokens, n, dim).bfloat16().transpose(1, 2)
+def round_learned(rows: int, columns: int) -> dict[str, Run]:
+    target, grid = torch.randn(rows, columns), rounding.Grid(4)
+    scale = rounding.absmax_scale(target, 128, grid).requires_grad_()
+    offset, gradient = torch.zeros_like(target).requires_grad_(), torch.randn_like(target)
+
+    def learned(_: int) -> object:
+        value = round_with_offset(target, scale, offset, grid)
+        return torch.autograd.grad(value, (scale, offset), gradient)
+
+    def by_torch(_: int) -> object:
+        with patch.object(native, "library", lambda: None):
+            return learned(_)
+
+    return {"torch": by_torch, "native": learned}
+
+
+def attention(
+    samples: int, tokens: int, heads: int, kv_heads: int, dim: int, *, gradients: bool = False
+) -> dict[str, Run]:
+    inputs = [
+        torch.randn(samples, tokens, n, dim).bfloat16().transpose(1, 2).requires_grad_(gradients)
         for n in (heads, kv_heads, kv_heads)
-    )
-    settings = {"is_causal": True, "enable_gqa": True}
-    return {
-        "torch": lambda _: F.scaled_dot_product_attention(query, key, value, **settings),
-        "native": lambda _: attend(query, key, value, dim**-0.5),
-    }
+    ]
+    seed = torch.randn(samples, tokens, heads, dim).bfloat16()
+
+    def by_torch(_: int) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+
+    def ours(_: int) -> torch.Tensor:
+        found = attend(*inputs, dim**-0.5)
+        assert found is not None
+        return found.transpose(1, 2)
+
+    def back(forward: Callable[[int], torch.Tensor]) -> Run:
+        return lambda n: torch.autograd.grad(forward(n), inputs, seed.transpose(1, 2))
+
+    ways = {"torch": by_torch, "native": ours}
+    return {name: back(way) for name, way in ways.items()} if gradients else {**ways}
 
 
 def main() -> None:
     memory.keep_bounded()  # as a run does
     jobs = {f"hessian of {n} inputs": hessian(n) for n in (8192, 2048, 768, 256)}
     jobs[f"rounding {ELEMENTS} numbers"] = round_piece()
+    jobs |= {
+        f"learned rounding {size}": round_learned(*size) for size in ((768, 256), (8192, 2048))
+    }
     # The bundled model's, a 1B's, an 8B's.
     shapes = ((4, 512, 4, 2, 64), (1, 2048, 32, 8, 64), (1, 2048, 32, 8, 128))
     if native.level() == 1:  # with AMX torch's is as fast, and stays
         jobs |= {f"attention {shape}": attention(*shape) for shape in shapes}
+        jobs |= {f"with gradients {shape}": attention(*shape, gradients=True) for shape in shapes}
     rows = []
     for name, runs in jobs.items():
         found = compare(runs, torch.device("cpu"), SECONDS)
         (first, before), (second, after) = found.items()
         print(
-            f"{name:<28} {first} {1e3 * before.median:8.2f} ms  {second} {1e3 * after.median:8.2f} ms  "
+            f"{name:<36} {first} {1e3 * before.median:8.2f} ms  {second} {1e3 * after.median:8.2f} ms  "
             f"{before.median / after.median:.2f}",
             flush=True,
         )

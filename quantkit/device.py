@@ -25,7 +25,7 @@ def find_device(name: str) -> torch.device:
 
 
 def product_dtype(device: torch.device, bits: int) -> torch.dtype:
-    """The type in which the products that only measure or calibrate are computed, for weights of so many bits.
+    """The type of products that only measure, calibrate or are learned from, for weights of so many bits.
 
     bfloat16 where the hardware multiplies it: beside what four bits lose its rounding is nothing. The errors of eight bits
     would be measured too large: they take float32.

@@ -28,7 +28,7 @@ from quantkit.plan import Plan
 from quantkit.ranks import Ranks
 
 # Of the state's form and meaning.
-_VERSION = 4
+_VERSION = 5
 
 
 def describe_run(
@@ -47,7 +47,7 @@ def describe_run(
         "calibration": data.to_dict() if data else None,
         "seed": seed,
         "device": device.type,
-        # Processors that multiply bfloat16 by themselves use it for products that only measure, and our own loops add up
+        # Processors that multiply bfloat16 by themselves use it for products that are not kept, and our own loops add up
         # in another order than torch's.
         "products": str(product_dtype(device, 4)).removeprefix("torch."),
         "native": native.level() if device.type == "cpu" else None,

@@ -172,23 +172,24 @@ def test_the_whole_job_with_refinement(
 
 def test_where_products_are_narrow(tiny, text: Path, tmp_path: Path, monkeypatch):
     """Those that are learned from, in a run that refines; what goes from layer to layer stays in float32."""
-    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    streams: list[torch.dtype] = []
+    tasks: list[torch.dtype] = []
     run, refine = step.run_layer, step.refine_layer
 
     def spy_run(plan, stream, *rest):
-        seen.append((stream.products, stream.products))
+        streams.append(stream.products)
         return run(plan, stream, *rest)
 
     def spy_refine(layer, solved, schemes, norms, dtype, task, settings):
-        seen[-1] = (seen[-1][0], task.products)
+        tasks.append(task.products)
         return refine(layer, solved, schemes, norms, dtype, task, settings)
 
     monkeypatch.setattr(pipeline, "run_layer", spy_run)
     monkeypatch.setattr(step, "refine_layer", spy_refine)
     monkeypatch.setattr(step, "product_dtype", lambda device, bits: torch.bfloat16)
-    for steps in ("null", "{steps: 2}"):
+    for name, steps in (("without", "null"), ("with", "{steps: 2}")):
         settings = [f"refine={steps}", "calibration={samples: 4, seqlen: 32}"]
-        out = tmp_path / steps[1:5]
+        out = tmp_path / name
         quantize(str(tiny("llama")), "gptq-refined", out, calib=str(text), overrides=settings)
-    wide, narrow = torch.float32, torch.bfloat16
-    assert seen == [(narrow, narrow)] * 2 + [(wide, narrow)] * 2
+    assert streams == [torch.bfloat16] * 2 + [torch.float32] * 2
+    assert tasks == [torch.bfloat16] * 2

@@ -6,6 +6,7 @@ import ctypes
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import native
 
@@ -30,8 +31,8 @@ def attend(
     Returns:
         bfloat16 [B, T, Hq, D].
     """
-    batch, _, tokens, dim = query.shape
-    length = key.shape[2]
+    batch, heads, tokens, dim = query.shape
+    kv_heads, length = key.shape[1:3]
     # With AMX torch's products are faster; a few queries are a decode.
     if (
         torch.compiler.is_compiling()
@@ -40,7 +41,9 @@ def attend(
         or any(x.device.type != "cpu" or type(x) is not torch.Tensor for x in (query, key, value))
         or not 16 <= tokens <= length
         or dim % 16
-        or value.shape[-1] != dim
+        or value.shape != (batch, kv_heads, length, dim)
+        or key.shape != value.shape
+        or heads % kv_heads
         or not batch
     ):
         return None
@@ -69,6 +72,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(
         ctx: Any, *gradients: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
@@ -99,8 +103,11 @@ def _forward(
     """Outputs [B, T, Hq, D], and the logarithms of the softmax's normalizers float32 [B, Hq, T] where they are kept."""
     batch, heads, tokens, dim = query.shape
     given = [_readable(x) for x in (query, key, value)]
-    out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype)
-    normalizer = torch.empty(batch, heads, tokens) if keep_normalizer else None
+    settings: dict[str, Any] = {"device": query.device}  # whatever the defaults are
+    out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype, **settings)
+    normalizer = None
+    if keep_normalizer:
+        normalizer = torch.empty(batch, heads, tokens, dtype=torch.float32, **settings)
     strides = [n for x in given for n in x.stride()[:3]]
     failed = _library().quantkit_prompt_attention(
         *(x.data_ptr() for x in given), (ctypes.c_int64 * 9)(*strides), scaling, window, out.data_ptr(),

@@ -82,7 +82,8 @@ inline __m512 offset_level(__m512 x, __m512 scale, __m512 offset, const Grid& gr
     __m512 code = _mm512_add_ps(*ratio, offset);
     code = grid.shift != 0 ? _mm512_roundscale_ps(code, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)
                            : _mm512_roundscale_ps(code, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 cut = _mm512_min_ps(_mm512_max_ps(code, _mm512_set1_ps(grid.low)), _mm512_set1_ps(grid.high));
+    // In this order NaN stays what it is.
+    const __m512 cut = _mm512_min_ps(_mm512_set1_ps(grid.high), _mm512_max_ps(_mm512_set1_ps(grid.low), code));
     *inside = _mm512_cmp_ps_mask(code, cut, _CMP_EQ_OQ);
     return _mm512_add_ps(cut, _mm512_set1_ps(grid.shift));
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from quantkit.kernels.cpu import rounding as native
 from quantkit.methods.rounding import Grid
@@ -24,7 +25,8 @@ def round_with_offset(target: Tensor, scale: Tensor, offset: Tensor, grid: Grid)
     Raises:
         ValueError: shapes do not fit.
     """
-    if target.shape != offset.shape or target.shape[1] % scale.shape[1]:
+    rows, columns = target.shape
+    if offset.shape != target.shape or scale.shape[0] != rows or columns % scale.shape[1]:
         raise ValueError(
             f"{list(target.shape)}, {list(scale.shape)} and {list(offset.shape)} do not fit together"
         )
@@ -52,6 +54,7 @@ class _Rounding(torch.autograd.Function):
         return level.mul_(scale[..., None]).view(target.shape)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, None]:
         target, scale, offset = ctx.saved_tensors
         grid = ctx.grid
@@ -77,7 +80,7 @@ def _levels(
     ratio = target / scale
     moved = ratio + offset
     nearest = moved.floor() if grid.half else moved.round()
-    low, high = -(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1
+    low, high = grid.codes
     inside = (nearest >= low) & (nearest <= high)
     level = nearest.clamp_(low, high)
     return level.add_(0.5) if grid.half else level, ratio, inside

@@ -155,7 +155,9 @@ def _is_plain(module: Any, settings: dict[str, Any]) -> bool:
     causal = settings.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     more = ("softcap", "position_bias", "s_aux", "cache")
-    return causal and all(settings.get(name) is None for name in more)
+    return (
+        causal and not settings.get("dropout") and all(settings.get(name) is None for name in more)
+    )
 
 
 def _attend_prompt(

@@ -100,6 +100,22 @@ def test_gradients_of_scores_that_exp_cannot_take():
     assert apart(got[2], want[2]) <= 5e-3
 
 
+def test_defaults_of_torch_change_nothing():
+    given = inputs(1, 40, 40, 4, 2, 32)
+    weight = torch.ones((), dtype=torch.bfloat16)
+    want = gradients(lambda *x: attend(*x, 0.2), given, weight)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = gradients(lambda *x: attend(*x, 0.2), given, weight)
+        with torch.device("meta"):
+            again = gradients(lambda *x: attend(*x, 0.2), given, weight)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
+    assert all(torch.equal(x, y) for x, y in zip(again, want))
+
+
 def test_gradients_go_through_the_rounding_to_float32_leaves():
     """Keys that come in float32, as RoPE gives them under autocast; only one of the three wants a gradient."""
     query, key, value = inputs(1, 40, 40, 4, 2, 32)
@@ -162,6 +178,9 @@ def test_what_it_does_not_take_is_left_to_torch(monkeypatch):
         attend(query, key[:, :, :19], value[:, :, :19], 1.0) is None
     )  # of which no keys are there
     assert attend(query[:0], key[:0], value[:0], 1.0) is None
+    odd = inputs(1, 20, 20, 5, 2, 32)
+    assert attend(*odd, 1.0) is None  # five heads of queries, two of keys
+    assert attend(query, key, value[:, :, :19], 1.0) is None
     monkeypatch.setattr(native, "level", lambda: 2)
     assert attend(query, key, value, 1.0) is None
 

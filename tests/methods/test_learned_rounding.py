@@ -75,6 +75,8 @@ def test_shapes_are_checked():
         round_with_offset(target, scale[:, :3], offset, Grid(4))
     with pytest.raises(ValueError, match="fit together"):
         round_with_offset(target, scale, offset[:, :8], Grid(4))
+    with pytest.raises(ValueError, match="fit together"):
+        round_with_offset(target, scale[:3], offset, Grid(4))
 
 
 @pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or no AVX-512-BF16")
@@ -95,3 +97,12 @@ def test_native_is_torch(grid: Grid, monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(value, same)
     assert torch.equal(by_offset, again)
     assert torch.allclose(by_scale, summed, atol=1e-3)
+
+
+@pytest.mark.usefixtures("either_way")
+def test_a_number_that_is_none_stays_one():
+    """A parameter that has diverged must show in the loss."""
+    target, scale, offset = problem()
+    offset[2, 3] = torch.nan
+    value = round_with_offset(target, scale, offset, Grid(4))
+    assert value.isnan().nonzero().tolist() == [[2, 3]]

@@ -54,6 +54,14 @@ def test_calibration_multiplies_in_bf16(monkeypatch):
     assert close(found, torchs(*given, is_causal=True))
 
 
+def test_dropout_is_torchs():
+    """Of models that train with it."""
+    given = [x.bfloat16().requires_grad_() for x in inputs()]
+    whole, _ = quantkit_attention(module(), *given, None)
+    dropped, _ = quantkit_attention(module(), *given, None, dropout=0.5)
+    assert not close(dropped, whole.float())
+
+
 @pytest.mark.parametrize("how", ["is_causal=False", "module.is_causal=False", "mask", "more keys"])
 def test_what_is_not_a_prompts_own_causal_attention_is_torchs(how: str):
     """Without a mask, of more keys than queries, torch lets the first be seen: a static cache is empty behind."""
