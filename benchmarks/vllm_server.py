@@ -126,4 +126,4 @@ def vllm_python() -> str:
     python = os.environ.get(PYTHON_ENV)
     if not python:
         sys.exit(f"name the interpreter of an environment with vLLM and quantkit in ${PYTHON_ENV}")
-    return python
+    return os.path.abspath(python)  # servers start in another folder
