@@ -39,18 +39,21 @@ def hessian(columns: int) -> dict[str, Run]:
     }
 
 
+def with_and_without(run: Run) -> dict[str, Run]:
+    """A job beside itself without the native library."""
+
+    def by_torch(number: int) -> object:
+        with patch.object(native, "library", lambda: None):
+            return run(number)
+
+    return {"torch": by_torch, "native": run}
+
+
 def round_piece() -> dict[str, Run]:
     weight, grid = torch.randn(ELEMENTS // 8192, 8192), rounding.Grid(4)
     scale = rounding.store_bf16(rounding.absmax_scale(weight, 128, grid))
 
-    def by_torch(_: int) -> object:
-        with patch.object(native, "library", lambda: None):
-            return rounding.quantize_measured(weight, scale, grid)
-
-    return {
-        "torch": by_torch,
-        "native": lambda _: rounding.quantize_measured(weight, scale, grid),
-    }
+    return with_and_without(lambda _: rounding.quantize_measured(weight, scale, grid))
 
 
 def round_learned(rows: int, columns: int) -> dict[str, Run]:
@@ -62,11 +65,7 @@ def round_learned(rows: int, columns: int) -> dict[str, Run]:
         value = round_with_offset(target, scale, offset, grid)
         return torch.autograd.grad(value, (scale, offset), gradient)
 
-    def by_torch(_: int) -> object:
-        with patch.object(native, "library", lambda: None):
-            return learned(_)
-
-    return {"torch": by_torch, "native": learned}
+    return with_and_without(learned)
 
 
 def attention(

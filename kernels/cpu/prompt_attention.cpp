@@ -53,7 +53,7 @@ struct Outputs {
 
 void attend(const Prompt& a, int64_t b, int64_t h, int64_t first, const uint32_t* keys, const uint32_t* values,
             const Scratch& mine, const Outputs& to) {
-    const int64_t pairs = a.pairs(), rows = a.rows(first), end = a.end(first), stride = a.blocks() * kLanes / 2 * kLanes;
+    const int64_t pairs = a.pairs(), rows = a.rows(first), end = a.end(first), stride = a.stride();
     const uint32_t* queries = reinterpret_cast<const uint32_t*>(mine.queries);
     const uint32_t* weights = reinterpret_cast<const uint32_t*>(mine.weights);
     float top[kQueries], total[kQueries], keep[kQueries];
@@ -105,7 +105,7 @@ extern "C" int quantkit_prompt_attention(const uint16_t* query, const uint16_t* 
             const int64_t head = task / a.blocks(), block = task % a.blocks(), first = block * kLanes;
             const int64_t b = head / a.kv_heads, h = head % a.kv_heads;
             pack_by_dims(a.key.at(b, h), a.key.token, first, a.length, a.dim, keys + head * each + first * a.pairs());
-            pack_by_tokens(a.value.at(b, h), a.value.token, first, a.length, a.dim, a.blocks() * kLanes / 2 * kLanes,
+            pack_by_tokens(a.value.at(b, h), a.value.token, first, a.length, a.dim, a.stride(),
                            first / 2, values + head * each);
         }
         // The last queries see the most keys: they come first.

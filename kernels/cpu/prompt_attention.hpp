@@ -44,6 +44,7 @@ struct Prompt {
     int64_t dims() const { return dim / kLanes; }
     int64_t blocks() const { return (length + kLanes - 1) / kLanes; }      // of 16 keys
     int64_t packed() const { return blocks() * kLanes * pairs(); }         // numbers of one head's keys, or values
+    int64_t stride() const { return blocks() * kLanes / 2 * kLanes; }      // from 16 dims to the next, by tokens
     int64_t groups() const { return (tokens + kQueries - 1) / kQueries; }  // of 32 queries
     int64_t before() const { return length - tokens; }
     int64_t rows(int64_t first) const { return std::min(kQueries, tokens - first); }

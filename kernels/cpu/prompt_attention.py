@@ -20,12 +20,13 @@ def attend(
 ) -> torch.Tensor | None:
     """Causal attention of the last T of S tokens; None where torch's own is as fast, or knows what this does not.
 
-    Products are added up in float32, which the softmax is in too; its weights are rounded to bfloat16 then.
+    Products are added up in float32, which the softmax is in too; its weights are rounded to bfloat16 then. Gradients
+    go through it, once.
 
     Args:
         query: bfloat16 [B, Hq, T, D].
         key, value: [B, H, S, D], S >= T; H divides Hq. They are rounded to bfloat16.
-        scaling: of the scores. Gradients go to query, key and value.
+        scaling: of the scores.
         window: how many keys a token sees, itself among them; 0: all.
 
     Returns:
@@ -103,11 +104,11 @@ def _forward(
     """Outputs [B, T, Hq, D], and the logarithms of the softmax's normalizers float32 [B, Hq, T] where they are kept."""
     batch, heads, tokens, dim = query.shape
     given = [_readable(x) for x in (query, key, value)]
-    settings: dict[str, Any] = {"device": query.device}  # whatever the defaults are
-    out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype, **settings)
+    # Whatever torch's defaults are.
+    out = query.new_empty(batch, tokens, heads, dim)
     normalizer = None
     if keep_normalizer:
-        normalizer = torch.empty(batch, heads, tokens, dtype=torch.float32, **settings)
+        normalizer = query.new_empty(batch, heads, tokens, dtype=torch.float32)
     strides = [n for x in given for n in x.stride()[:3]]
     failed = _library().quantkit_prompt_attention(
         *(x.data_ptr() for x in given), (ctypes.c_int64 * 9)(*strides), scaling, window, out.data_ptr(),

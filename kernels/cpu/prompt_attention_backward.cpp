@@ -65,7 +65,7 @@ inline void add(float* at, __m512 sum) { _mm512_storeu_ps(at, _mm512_add_ps(_mm5
 
 // What 32 queries of head h, from `first` on, give to the gradients of their keys and values, and their own.
 void queries_back(const Prompt& a, const Gradients& to, int64_t b, int64_t h, int64_t first, const Scratch& mine) {
-    const int64_t pairs = a.pairs(), rows = a.rows(first), end = a.end(first), stride = a.blocks() * kLanes / 2 * kLanes;
+    const int64_t pairs = a.pairs(), rows = a.rows(first), end = a.end(first), stride = a.stride();
     const int64_t of_queries = kQueries / 2 * kLanes;
     float normalizer[kQueries] = {}, mean[kQueries] = {};
     take_rows(a.query.at(b, h), a.query.token, first, rows, a.dim, mine.queries);
@@ -117,7 +117,7 @@ void queries_back(const Prompt& a, const Gradients& to, int64_t b, int64_t h, in
 
 // One head of keys and values, with the queries of all heads that read it.
 void head_back(const Prompt& a, const Gradients& to, int64_t b, int64_t h, const Scratch& mine) {
-    const int64_t readers = a.heads / a.kv_heads, all = a.length * a.dim, stride = a.blocks() * kLanes / 2 * kLanes;
+    const int64_t readers = a.heads / a.kv_heads, all = a.length * a.dim, stride = a.stride();
     for (int64_t first = 0; first < a.length; first += kLanes) {
         pack_by_dims(a.key.at(b, h), a.key.token, first, a.length, a.dim, mine.keys_by_dims + first * a.pairs());
         pack_by_dims(a.value.at(b, h), a.value.token, first, a.length, a.dim, mine.values_by_dims + first * a.pairs());

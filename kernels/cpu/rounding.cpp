@@ -16,13 +16,17 @@ struct Grid {
     float shift;      // 1/2 on the half-integer grid
 };
 
+// A ratio on the next level, the range left out.
+inline __m512 round_ratio(__m512 ratio, const Grid& grid) {
+    return grid.shift != 0 ? _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)
+                           : _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
 // The nearest code; 0 where the scale is not positive, and for NaN.
 inline __m512 nearest(__m512 x, __m512 scale, const Grid& grid) {
     const __mmask16 positive = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_GT_OQ);
     const __m512 divisor = _mm512_mask_mov_ps(_mm512_set1_ps(INFINITY), positive, scale);
-    __m512 code = _mm512_div_ps(x, divisor);
-    code = grid.shift != 0 ? _mm512_roundscale_ps(code, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)
-                           : _mm512_roundscale_ps(code, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 code = round_ratio(_mm512_div_ps(x, divisor), grid);
     const __mmask16 number = _mm512_cmp_ps_mask(code, code, _CMP_ORD_Q);
     code = _mm512_min_ps(_mm512_max_ps(code, _mm512_set1_ps(grid.low)), _mm512_set1_ps(grid.high));
     return _mm512_maskz_mov_ps(number, code);
@@ -79,9 +83,7 @@ void round_group(const float* x, int64_t size, float scale, const Grid& grid, in
 // The level of x / scale + offset, in units of the scale; `ratio` is x / scale, `inside` which lanes the range does not cut.
 inline __m512 offset_level(__m512 x, __m512 scale, __m512 offset, const Grid& grid, __m512* ratio, __mmask16* inside) {
     *ratio = _mm512_div_ps(x, scale);
-    __m512 code = _mm512_add_ps(*ratio, offset);
-    code = grid.shift != 0 ? _mm512_roundscale_ps(code, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)
-                           : _mm512_roundscale_ps(code, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 code = round_ratio(_mm512_add_ps(*ratio, offset), grid);
     // In this order NaN stays what it is.
     const __m512 cut = _mm512_min_ps(_mm512_set1_ps(grid.high), _mm512_max_ps(_mm512_set1_ps(grid.low), code));
     *inside = _mm512_cmp_ps_mask(code, cut, _CMP_EQ_OQ);

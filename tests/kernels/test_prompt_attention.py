@@ -100,6 +100,17 @@ def test_gradients_of_scores_that_exp_cannot_take():
     assert apart(got[2], want[2]) <= 5e-3
 
 
+def test_second_gradients_are_refused():
+    """Rather than be zeros: what C++ computes has no graph."""
+    query, key, value = inputs(1, 40, 40, 4, 2, 32)
+    leaf = query.requires_grad_()
+    out = attend(leaf, key, value, 0.2)
+    assert out is not None
+    (first,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_defaults_of_torch_change_nothing():
     given = inputs(1, 40, 40, 4, 2, 32)
     weight = torch.ones((), dtype=torch.bfloat16)

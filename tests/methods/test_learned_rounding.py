@@ -106,3 +106,13 @@ def test_a_number_that_is_none_stays_one():
     offset[2, 3] = torch.nan
     value = round_with_offset(target, scale, offset, Grid(4))
     assert value.isnan().nonzero().tolist() == [[2, 3]]
+
+
+@pytest.mark.usefixtures("either_way")
+def test_second_gradients_are_refused():
+    target, scale, offset = problem()
+    offset.requires_grad_()
+    value = round_with_offset(target, scale, offset, Grid(4))
+    (first,) = torch.autograd.grad(value.square().sum(), offset, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
